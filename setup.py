@@ -1,0 +1,109 @@
+"""Builds mmdgt._ext, the compiled operators (the metadata is in pyproject.toml).
+
+The extension needs torch and the C++ headers that mmcv ships, so build without
+isolation: ``pip install --no-build-isolation .``. Where either is missing the
+package installs without it and runs on its plain PyTorch operators.
+
+Environment: MMDGT_WITH_OPS=0 leaves the extension out; FORCE_CUDA=1 compiles
+the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
+for any PyTorch extension; MMDGT_SANITIZE=1 builds with ASan and UBSan.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+
+def skip(reason: str) -> dict:
+    print(f'mmdgt is installed without its compiled operators: {reason}',
+          file=sys.stderr)
+    return {}
+
+
+def mmcv_headers() -> Path | None:
+    """The folder of mmcv's C++ headers, found without importing mmcv."""
+    spec = importlib.util.find_spec('mmcv')
+    if spec is None:
+        return None
+    headers = Path(spec.origin).parent / 'ops' / 'csrc' / 'common'
+    found = (headers / 'pytorch_device_registry.hpp').is_file()
+    return headers if found else None
+
+
+def compiler_accepts(flag: str) -> bool:
+    compiler = os.environ.get('CXX', 'c++').split()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, 'try.cpp')
+        source.write_text('int main() { return 0; }\n')
+        command = [*compiler, flag, str(source), '-o', str(source.with_suffix(''))]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def with_cuda() -> bool:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not torch.cuda.is_available() and os.getenv('FORCE_CUDA', '0') != '1':
+        return False
+    if CUDA_HOME is None or not Path(CUDA_HOME, 'bin', 'nvcc').is_file():
+        print('nvcc was not found, so the CUDA operators are left out; set CUDA_HOME '
+              "to the toolkit's folder to build them", file=sys.stderr)
+        return False
+    return True
+
+
+def compiled_operators() -> dict:
+    if os.getenv('MMDGT_WITH_OPS', '1') == '0':
+        return skip('MMDGT_WITH_OPS is 0')
+    if os.name == 'nt':
+        return skip('they are written for GCC and Clang')
+    if importlib.util.find_spec('torch') is None:
+        return skip('torch is not installed, or --no-build-isolation is missing')
+    headers = mmcv_headers()
+    if headers is None:
+        return skip("mmcv's C++ headers were not found; install onedl-mmcv first")
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    cxx, link, macros = ['-O3', '-g0'], [], []
+    if compiler_accepts('-fopenmp'):  # without it at::parallel_for is serial
+        cxx += ['-fopenmp']
+        link += ['-fopenmp']
+    if os.getenv('MMDGT_SANITIZE', '0') == '1':
+        sanitize = ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
+        cxx += [*sanitize, '-O1', '-g', '-fno-omit-frame-pointer']
+        link += sanitize
+    sources = sorted(glob('csrc/*.cpp') + glob('csrc/cpu/*.cpp'))
+    includes = [str(Path('csrc').resolve()), str(headers)]
+    extension, flags = CppExtension, {'cxx': cxx}
+    if with_cuda():
+        extension = CUDAExtension
+        sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
+        includes.append(str(headers / 'cuda'))
+        macros.append(('MMDGT_WITH_CUDA', None))
+        flags['nvcc'] = ['-O3']
+    return {
+        'ext_modules': [
+            extension(
+                name='mmdgt._ext',
+                sources=sources,
+                include_dirs=includes,
+                define_macros=macros,
+                extra_compile_args=flags,
+                extra_link_args=link,
+            )
+        ],
+        'cmdclass': {'build_ext': BuildExtension},
+    }
+
+
+setup(**compiled_operators())
