@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, reference  # noqa: F401  (library defines torch.ops.mmdgt)
+from . import library, reference
 
 _HOW_TO_BUILD = (
     'build it with "pip install --no-build-isolation --no-deps --force-reinstall ."'
     " in mmdgt's folder"
 )
 try:
-    from .. import _ext  # noqa: F401  (registers the kernels)
-
+    importlib.import_module('mmdgt._ext')  # registers the kernels
     _no_extension = None
 except ModuleNotFoundError:
     _no_extension = f'the extension mmdgt._ext is not built; {_HOW_TO_BUILD}'
@@ -209,7 +209,7 @@ def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
     # known to FLOP counters and compilers.
     if _backend == 'reference' or (reason and not _no_extension):
         return getattr(reference, name)
-    return getattr(torch.ops.mmdgt, name)
+    return getattr(library.ops, name)
 
 
 def _unsupported(tokens: Tensor, num_groups: int) -> str | None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 
 NAMESPACE = 'mmdgt'
+ops = torch.ops.mmdgt
 _SCHEMAS = {
     'assign_queries': (
         '(Tensor query, Tensor centroids, bool with_sums)'
@@ -84,7 +85,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:
         return (None,) * 6
-    grads = torch.ops.mmdgt.group_attention_backward(
+    grads = ops.group_attention_backward(
         grad_out, *ctx.saved_tensors, ctx.scale
     )
     return *grads, None, None, None
@@ -132,7 +133,7 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{_name}', _FAKES[_name], lib=_library)
-    register_flop_formula(getattr(torch.ops.mmdgt, _name))(FLOP_FORMULAS[_name])
+    register_flop_formula(getattr(ops, _name))(FLOP_FORMULAS[_name])
 torch.library.register_autograd(
     f'{NAMESPACE}::group_attention',
     _backward,

@@ -190,7 +190,7 @@ class _Tiled:
         size = group.new_zeros(B, H, G).scatter_add(-1, group, torch.ones_like(group))
         tiles = (size + TILE - 1) // TILE
         tiles_end = tiles.cumsum(-1)
-        order = group.argsort(-1, stable=True)
+        order = group.argsort(dim=-1, stable=True)
         sorted_group = group.gather(-1, order)
         # A query's slot: where its group's tiles begin, plus its rank in the group.
         shift = TILE * (tiles_end - tiles) - (size.cumsum(-1) - size)
