@@ -1,0 +1,8 @@
+"""What training adds to mmengine."""
+
+from .flops import register_flop_counters
+from .hooks import CentroidHook, PlainCheckpointHook, group_usage
+
+register_flop_counters()
+
+__all__ = ['CentroidHook', 'PlainCheckpointHook', 'group_usage']

@@ -1,0 +1,128 @@
+"""Hooks for mmengine's Runner."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from ..models import update_centroids
+
+
+@HOOKS.register_module()
+class CentroidHook(Hook):
+    """Updates the centroids of DG-Attention and reports on their groups.
+
+    After every training iteration: eqs. 3 and 4 with ``tau = factor * lr``, lr as
+    the schedule has it in that iteration. Every ``interval`` iterations, for each
+    layer: the share of its groups that got a query (``live``) and the share of a
+    head's queries that fell to its largest group (``largest``, the worst head).
+    Both go to the visualizer as ``groups/...`` and, the worst of all layers, to the
+    training log.
+
+    Args:
+        factor (float): tau over the learning rate.
+        mirrored (bool): Whether tau weighs the new mean instead of the old
+            centroid, the usual form of a moving average. Eq. 4 as printed, the
+            default, gives a small tau to the old centroid.
+        interval (int): Iterations between two reports.
+    """
+
+    def __init__(
+        self, factor: float = 0.1, mirrored: bool = False, interval: int = 50
+    ) -> None:
+        self.factor = factor
+        self.mirrored = mirrored
+        self.interval = interval
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Update the centroids, before the schedule moves the learning rate on."""
+        learning_rates = runner.optim_wrapper.get_lr()
+        # Parameter groups may scale the rate; base_lr is the one before that.
+        tau = self.factor * learning_rates.get('base_lr', learning_rates['lr'])[0]
+        keep = 1 - tau if self.mirrored else tau
+        group_counts = update_centroids(runner.model, keep)
+        if group_counts and self.every_n_train_iters(runner, self.interval):
+            self._report(runner, group_counts)
+
+    def _report(self, runner: Runner, group_counts: dict[str, Tensor]) -> None:
+        usage = {name: group_usage(counts) for name, counts in group_counts.items()}
+        scalars = {
+            f'groups/{name}/{what}': share
+            for name, shares in usage.items()
+            for what, share in zip(('live', 'largest'), shares, strict=True)
+        }
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+        live, largest = zip(*usage.values(), strict=True)
+        runner.message_hub.update_scalar('train/live_groups', min(live))
+        runner.message_hub.update_scalar('train/largest_group', max(largest))
+
+
+def group_usage(counts: Tensor) -> tuple[float, float]:
+    """Share of live groups, and of the largest group in the worst head.
+
+    Args:
+        counts (Tensor): (H, G), queries in every group.
+    """
+    live = (counts > 0).double().mean()
+    largest = (counts.amax(1) / counts.sum(1).clamp(min=1)).max()
+    return live.item(), largest.item()
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):
+    """Writes checkpoints of plain data, which ``weights_only=True`` can load.
+
+    mmengine pickles the logged history as objects of its own, which torch from 2.6
+    on refuses to load safely. They are stored as tensors and restored on resume.
+    """
+
+    priority = 'VERY_LOW'  # after every hook that adds to the checkpoint
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Turn what is not plain data into plain data."""
+        for key in checkpoint.keys() - {'state_dict', 'optimizer'}:
+            checkpoint[key] = _map_leaves(_to_plain, checkpoint[key])
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Turn the logged history back into mmengine's objects."""
+        if 'message_hub' in checkpoint:
+            scalars = checkpoint['message_hub']['log_scalars']
+            for name, history in scalars.items():
+                if isinstance(history, dict):
+                    scalars[name] = _to_history(**history)
+
+
+def _map_leaves(function: Callable[[Any], Any], data: Any) -> Any:
+    """Apply a function to everything in nested dicts, lists and tuples."""
+    if isinstance(data, dict):
+        return {key: _map_leaves(function, value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(_map_leaves(function, value) for value in data)
+    return function(data)
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, HistoryBuffer):
+        log_history, count_history = map(torch.as_tensor, value.data)
+        return dict(log_history=log_history, count_history=count_history)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _to_history(log_history: Tensor, count_history: Tensor) -> HistoryBuffer:
+    return HistoryBuffer(log_history.cpu().numpy(), count_history.cpu().numpy())

@@ -1,0 +1,156 @@
+"""The attention layers of DGT: Dynamic Group Attention and global attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import dynamic_group_attention
+
+MAX_LOGIT_SCALE = 100.0  # of Swin Transformer V2, which starts at 10
+
+
+class GlobalAttention(nn.Module):
+    """Multi-head self-attention over all tokens.
+
+    Args:
+        dims (int): Channels C, divisible by the heads.
+        num_heads (int): Heads H.
+        cosine (bool): Whether scores are cosines times a learned factor per head,
+            at most 100 (Swin Transformer V2), instead of dot products times
+            ``D ** -0.5``.
+    """
+
+    def __init__(self, dims: int, num_heads: int, cosine: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dims, 3 * dims)
+        self.proj = nn.Linear(dims, dims)
+        self.logit_scale = None
+        if cosine:
+            start = torch.full((num_heads, 1, 1), math.log(10.0))
+            self.logit_scale = nn.Parameter(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        B, L, C = x.shape
+        # Views of one projection; the operators read them where they are.
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
+        scale = None
+        if self.logit_scale is not None:
+            factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+            query = (F.normalize(query, dim=-1) * factor).to(value.dtype)
+            key = F.normalize(key, dim=-1).to(value.dtype)
+            scale = 1.0
+        out = self.attend(query, key, value, scale)
+        return self.proj(out.transpose(1, 2).reshape(B, L, C))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
+        """(B, H, L, D) each -> (B, H, L, D)."""
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+class DynamicGroupAttention(GlobalAttention):
+    """Dynamic Group Attention (DG-Attention), section 3.1 of the paper.
+
+    The centroids are a buffer, (H, G, D) unit vectors in float32. A training
+    forward pass leaves the terms of eq. 3 in ``group_sums`` and ``group_counts``,
+    :func:`update_centroids` applies eq. 4 once the iteration is over. So every
+    pass of an iteration, a recomputation under activation checkpointing too, sees
+    the same centroids, and nothing is counted twice.
+
+    Args:
+        dims (int): Channels C, divisible by the heads.
+        num_heads (int): Heads H.
+        num_groups (int): Groups G.
+        num_keys (int): Keys K that every group attends to, clamped to the tokens.
+        cosine (bool): As in :class:`GlobalAttention`. The key is normalised before
+            it is scored by the centroids.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        num_heads: int,
+        num_groups: int = 48,
+        num_keys: int = 98,
+        cosine: bool = False,
+    ) -> None:
+        super().__init__(dims, num_heads, cosine)
+        self.num_keys = num_keys
+        shape = (num_heads, num_groups, dims // num_heads)
+        self.register_buffer('centroids', F.normalize(torch.randn(shape), dim=-1))
+        sums, counts = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int32)
+        self.register_buffer('group_sums', sums, persistent=False)
+        self.register_buffer('group_counts', counts, persistent=False)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
+        """(B, H, L, D) each -> (B, H, L, D)."""
+        out, sums, counts = dynamic_group_attention(
+            query,
+            key,
+            value,
+            self.centroids,
+            self.num_keys,
+            scale,
+            with_sums=self.training,
+        )
+        if self.training:
+            self.group_sums.copy_(sums)
+            self.group_counts.copy_(counts)
+        return out
+
+    def extra_repr(self) -> str:
+        """Name the groups and keys when printed."""
+        return f'num_groups={self.centroids.shape[1]}, num_keys={self.num_keys}'
+
+
+@torch.no_grad()
+def update_centroids(model: nn.Module, keep: float) -> dict[str, Tensor]:
+    """Move the centroids of a model to the means of their groups, eqs. 3 and 4.
+
+    ``e = Norm(keep * e + (1 - keep) * e')`` with ``e'`` the mean of the normalised
+    queries that the last training forward pass assigned to the group. To be called
+    after every training iteration, on all processes alike: sums and counts are
+    added up over them first. A group without queries keeps its centroid, and so
+    does one whose mean is not finite.
+
+    Args:
+        model (nn.Module): Any model that holds :class:`DynamicGroupAttention`.
+        keep (float): Weight of the old centroid, tau in eq. 4.
+
+    Returns:
+        dict: Name of every DG-Attention layer to its (H, G) numbers of queries in
+        the groups, over all processes. All zero if it did not train.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, DynamicGroupAttention)
+    }
+    if not layers:
+        return {}
+    terms = [t for m in layers.values() for t in (m.group_sums, m.group_counts)]
+    # One reduction for all layers; float64 holds the counts exactly.
+    flat = torch.cat([term.flatten().double() for term in terms])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flat)
+    parts = iter(flat.split([term.numel() for term in terms]))
+    group_counts = {}
+    for name, layer in layers.items():
+        sums = next(parts).view_as(layer.group_sums)
+        counts = next(parts).view_as(layer.group_counts)
+        mean = sums / counts.unsqueeze(-1)  # eq. 3
+        moved = F.normalize(keep * layer.centroids + (1 - keep) * mean, dim=-1)  # eq. 4
+        usable = (counts > 0) & mean.isfinite().all(-1)
+        moved = moved.to(layer.centroids.dtype)
+        layer.centroids.copy_(torch.where(usable[..., None], moved, layer.centroids))
+        layer.group_counts.zero_()
+        group_counts[name] = counts
+    return group_counts
