@@ -38,4 +38,17 @@ MMDGT_HOST_DEVICE uint32_t token_of_rank(uint64_t rank) {
   return ~static_cast<uint32_t>(rank);
 }
 
+// The score behind a rank; a NaN comes back as some NaN.
+MMDGT_HOST_DEVICE float score_of_rank(uint64_t rank) {
+  uint32_t bits = static_cast<uint32_t>(rank >> 32);
+  bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float score;
+  std::memcpy(&score, &bits, sizeof(score));
+  return score;
+#endif
+}
+
 }  // namespace mmdgt

@@ -1,0 +1,262 @@
+// group_attention and its backward on the CPU: how the work is divided.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../dynamic_group_attention.h"
+#include "kernels.h"
+#include "slices.h"
+
+namespace mmdgt {
+namespace {
+
+// Queries attended by one task: enough to pay for packing the keys, few enough to
+// share a large group among threads. Fixed, so that gradients are added up in the
+// same order whatever the number of threads.
+constexpr int64_t kTaskQueries = 512;
+
+void check_range(const at::Tensor& numbers, int64_t limit, const char* name,
+                 const char* what) {
+  const int32_t* data = numbers.const_data_ptr<int32_t>();
+  bool outside = false;
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    outside |= static_cast<uint32_t>(data[i]) >= static_cast<uint32_t>(limit);
+  }
+  TORCH_CHECK_INDEX(!outside, name, " must name ", what, " 0 to ", limit - 1,
+                    ", got one outside");
+}
+
+struct Task {
+  int64_t slice, group;
+  int64_t first, count;  // places in the slice's queries ordered by group
+};
+
+// The queries of every slice ordered by group, and the tasks that they make.
+struct Plan {
+  std::vector<int32_t> order;  // (B * H, L)
+  std::vector<Task> tasks;     // by slice, group and place
+  std::vector<int64_t> begin;  // (B * H + 1), a slice's first task
+};
+
+Plan make_plan(const at::Tensor& group, const at::Tensor& index) {
+  const int64_t slices = index.size(0) * index.size(1), groups = index.size(2);
+  const int64_t tokens = group.size(2);
+  check_range(group, groups, "group", "groups");
+  check_range(index, tokens, "index", "tokens");
+  Plan plan;
+  plan.order.resize(slices * tokens);
+  std::vector<int64_t> starts(slices * (groups + 1), 0);
+  const int32_t* all = group.const_data_ptr<int32_t>();
+  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice) {
+      const int32_t* of = all + slice * tokens;
+      int64_t* start = starts.data() + slice * (groups + 1);
+      for (int64_t l = 0; l < tokens; ++l) ++start[of[l] + 1];
+      for (int64_t g = 0; g < groups; ++g) start[g + 1] += start[g];
+      std::vector<int64_t> next(start, start + groups);
+      int32_t* order = plan.order.data() + slice * tokens;
+      for (int64_t l = 0; l < tokens; ++l) {
+        order[next[of[l]]++] = static_cast<int32_t>(l);
+      }
+    }
+  });
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    plan.begin.push_back(plan.tasks.size());
+    const int64_t* start = starts.data() + slice * (groups + 1);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t l = start[g]; l < start[g + 1]; l += kTaskQueries) {
+        plan.tasks.push_back({slice, g, l, std::min(kTaskQueries, start[g + 1] - l)});
+      }
+    }
+  }
+  plan.begin.push_back(plan.tasks.size());
+  return plan;
+}
+
+// Fills in what forward and backward share.
+template <class T>
+class Inputs {
+ public:
+  Inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+         const at::Tensor& index, double scale, const Plan& plan)
+      : query_(query),
+        key_(key),
+        value_(value),
+        index_(index.const_data_ptr<int32_t>()),
+        tokens_(query.size(2)),
+        head_dim_(query.size(3)),
+        groups_(index.size(2)),
+        num_keys_(index.size(3)),
+        scale_(scale),
+        order_(plan.order.data()) {}
+
+  void fill(const Task& task, AttentionTask<T>& work) const {
+    work.query = query_[task.slice];
+    work.key = key_[task.slice];
+    work.value = value_[task.slice];
+    work.tokens = order_ + task.slice * tokens_ + task.first;
+    work.num_queries = task.count;
+    work.index = index_ + (task.slice * groups_ + task.group) * num_keys_;
+    work.num_keys = num_keys_;
+    work.head_dim = head_dim_;
+    work.scale = scale_;
+  }
+
+ private:
+  Slices<const T> query_, key_, value_;
+  const int32_t* index_;
+  int64_t tokens_, head_dim_, groups_, num_keys_;
+  double scale_;
+  const int32_t* order_;
+};
+
+at::ScalarType accumulate_type(const at::Tensor& query) {
+  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& group, const at::Tensor& index, double scale) {
+  auto out = empty_heads_last(query);
+  auto logsumexp =
+      at::empty(group.sizes(), query.options().dtype(accumulate_type(query)));
+  const int64_t tokens = query.size(2);
+  const Plan plan = make_plan(group, index);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention", [&] {
+        using sum_t = accumulate_t<scalar_t>;
+        const Inputs<scalar_t> inputs(query, key, value, index, scale, plan);
+        const Slices<scalar_t> outs(out);
+        sum_t* sums = logsumexp.mutable_data_ptr<sum_t>();
+        parallel_tasks(plan.tasks.size(), [&](int64_t i, Scratch& scratch) {
+          const Task& task = plan.tasks[i];
+          ForwardTask<scalar_t> work;
+          inputs.fill(task, work);
+          work.out = outs[task.slice];
+          work.logsumexp = sums + task.slice * tokens;
+          kernels<scalar_t>().forward(work, scratch);
+        });
+      });
+  return {out, logsumexp};
+}
+
+// Gradients of the keys and values of a slice's groups, gathered, in the order of
+// the tasks: (tasks, 2, K, padded D).
+template <class T>
+class GatheredGradients {
+ public:
+  GatheredGradients(int64_t num_keys, int64_t head_dim)
+      : num_keys_(num_keys),
+        head_dim_(head_dim),
+        size_(num_keys * padded_head_dim(head_dim)) {}
+
+  void resize(int64_t tasks) { data_.assign(tasks * 2 * size_, 0); }
+  T* key(int64_t task) { return data_.data() + 2 * task * size_; }
+  T* value(int64_t task) { return key(task) + size_; }
+
+  // Adds rows (K, padded D) to the rows (L, D) of the tokens they belong to.
+  void scatter(const T* from, const int32_t* index, T* to) const {
+    const int64_t step = padded_head_dim(head_dim_);
+    for (int64_t i = 0; i < num_keys_; ++i) {
+      T* row = to + index[i] * head_dim_;
+      for (int64_t d = 0; d < head_dim_; ++d) row[d] += from[i * step + d];
+    }
+  }
+
+ private:
+  int64_t num_keys_, head_dim_, size_;
+  std::vector<T> data_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
+  auto grad_query = empty_heads_last(query);
+  auto grad_key = empty_heads_last(query);
+  auto grad_value = empty_heads_last(query);
+  const int64_t slices = query.size(0) * query.size(1), tokens = query.size(2);
+  const int64_t head_dim = query.size(3), num_keys = index.size(3);
+  const Plan plan = make_plan(group, index);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention_backward", [&] {
+        using sum_t = accumulate_t<scalar_t>;
+        const Inputs<scalar_t> inputs(query, key, value, index, scale, plan);
+        const Slices<const scalar_t> outs(out), grad_outs(grad_out);
+        const Slices<scalar_t> grad_queries(grad_query), grad_keys(grad_key),
+            grad_values(grad_value);
+        const sum_t* sums = logsumexp.const_data_ptr<sum_t>();
+        const int32_t* chosen = index.const_data_ptr<int32_t>();
+
+        const auto run = [&](int64_t i, sum_t* to_key, sum_t* to_value,
+                             Scratch& scratch) {
+          const Task& task = plan.tasks[i];
+          BackwardTask<scalar_t> work;
+          inputs.fill(task, work);
+          work.out = outs[task.slice];
+          work.grad_out = grad_outs[task.slice];
+          work.logsumexp = sums + task.slice * tokens;
+          work.grad_query = grad_queries[task.slice];
+          work.grad_key = to_key;
+          work.grad_value = to_value;
+          kernels<scalar_t>().backward(work, scratch);
+        };
+        const auto index_of = [&](int64_t i) {
+          const Task& task = plan.tasks[i];
+          return chosen + (task.slice * index.size(2) + task.group) * num_keys;
+        };
+        const auto finish = [&](const std::vector<sum_t>& from, Rows<scalar_t> to) {
+          for (int64_t l = 0; l < tokens; ++l) {
+            for (int64_t d = 0; d < head_dim; ++d) {
+              to[l][d] = static_cast<scalar_t>(from[l * head_dim + d]);
+            }
+          }
+        };
+
+        if (slices >= at::get_num_threads()) {
+          parallel_tasks(slices, [&](int64_t slice, Scratch& scratch) {
+            GatheredGradients<sum_t> part(num_keys, head_dim);
+            std::vector<sum_t> whole_key(tokens * head_dim, 0), whole_value = whole_key;
+            for (int64_t i = plan.begin[slice]; i < plan.begin[slice + 1]; ++i) {
+              part.resize(1);
+              run(i, part.key(0), part.value(0), scratch);
+              part.scatter(part.key(0), index_of(i), whole_key.data());
+              part.scatter(part.value(0), index_of(i), whole_value.data());
+            }
+            finish(whole_key, grad_keys[slice]);
+            finish(whole_value, grad_values[slice]);
+          });
+          return;
+        }
+        // Few slices: the tasks of one at a time run in parallel, and what they
+        // found is added up in the same order as above.
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          const int64_t first = plan.begin[slice];
+          const int64_t count = plan.begin[slice + 1] - first;
+          GatheredGradients<sum_t> parts(num_keys, head_dim);
+          parts.resize(count);
+          parallel_tasks(count, [&](int64_t i, Scratch& scratch) {
+            run(first + i, parts.key(i), parts.value(i), scratch);
+          });
+          parallel_tasks(2, [&](int64_t which, Scratch&) {
+            std::vector<sum_t> whole(tokens * head_dim, 0);
+            for (int64_t i = 0; i < count; ++i) {
+              parts.scatter(which ? parts.value(i) : parts.key(i),
+                            index_of(first + i), whole.data());
+            }
+            finish(whole, which ? grad_values[slice] : grad_keys[slice]);
+          });
+        }
+      });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+
+REGISTER_DEVICE_IMPL(group_attention_impl, CPU, group_attention_cpu);
+REGISTER_DEVICE_IMPL(group_attention_backward_impl, CPU,
+                     group_attention_backward_cpu);
+
+}  // namespace mmdgt

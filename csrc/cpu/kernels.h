@@ -1,0 +1,103 @@
+// What the kernels are told, and the choice of the best ones for this machine.
+//
+// Letters: L tokens, D head dim, G groups, K keys per group; a slice is one image
+// and head, whose tokens are rows of D numbers, `step` numbers apart.
+#pragma once
+
+#include <cstdint>
+
+#include "scratch.h"
+
+namespace mmdgt {
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t step;
+
+  T* operator[](int64_t token) const { return data + token * step; }
+};
+
+template <class T>
+struct AssignTask {
+  Rows<const T> query;
+  int64_t tokens;
+  const float* centroids;  // (G, D)
+  int64_t groups, head_dim;
+  int32_t* group;   // (tokens)
+  float* sums;      // (G, D) to add to, or null
+  int32_t* counts;  // (G) to add to, or null
+};
+
+template <class T>
+struct SelectTask {
+  Rows<const T> key;
+  int64_t tokens;
+  const float* centroids;  // (G, D)
+  int64_t groups, head_dim, num_keys;
+  bool sorted;
+  int32_t* index;  // (G, K)
+};
+
+// Queries of one group, and the group's keys.
+template <class T>
+struct AttentionTask {
+  Rows<const T> query, key, value;
+  const int32_t* tokens;  // the queries' places in the slice
+  int64_t num_queries;
+  const int32_t* index;  // (K)
+  int64_t num_keys, head_dim;
+  double scale;
+};
+
+// float64 accumulates in itself, everything else in float32.
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using accumulate_t = typename AccumulateType<T>::type;
+
+template <class T>
+struct ForwardTask : AttentionTask<T> {
+  Rows<T> out;
+  accumulate_t<T>* logsumexp;  // (L), of the slice
+};
+
+template <class T>
+struct BackwardTask : AttentionTask<T> {
+  Rows<const T> out, grad_out;
+  const accumulate_t<T>* logsumexp;  // (L), of the slice
+  Rows<T> grad_query;
+  // (K, padded_head_dim) each, zeros or a part of the sum to add to.
+  accumulate_t<T>* grad_key;
+  accumulate_t<T>* grad_value;
+};
+
+constexpr int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// Rows of gathered gradients are this long in memory, to hold whole vectors.
+constexpr int64_t padded_head_dim(int64_t head_dim) {
+  return round_up(head_dim, 16);
+}
+
+template <class T>
+struct Kernels {
+  void (*assign)(const AssignTask<T>&, Scratch&);
+  void (*select)(const SelectTask<T>&, Scratch&);
+  void (*forward)(const ForwardTask<T>&, Scratch&);
+  void (*backward)(const BackwardTask<T>&, Scratch&);
+};
+
+// The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the
+// choice, as it limits PyTorch's own: avx512, avx2 or default.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace mmdgt

@@ -1,0 +1,253 @@
+// Assignment of the queries to groups and selection of the keys: both score
+// tokens against centroids, one centroid per vector lane. To be included inside a
+// target region (target.h).
+#pragma once
+
+namespace mmdgt {
+
+constexpr int64_t kScoredTokens = 24;  // at a time; their scores stay in L1
+
+// Scores tokens against all centroids in float32, whatever the tokens' type.
+template <class V, class T>
+class Scorer {
+ public:
+  static int64_t scratch_bytes(int64_t groups, int64_t head_dim) {
+    const int64_t width = round_up(groups, V::kWidth);
+    const int64_t depth = padded_depth(head_dim);
+    return sizeof(float) * ((width + kScoredTokens) * depth + width * depth +
+                            kScoredTokens * width);
+  }
+
+  Scorer(Rows<const T> tokens, const float* centroids, int64_t groups,
+         int64_t head_dim, Scratch& scratch)
+      : tokens_(tokens), head_dim_(head_dim), width_(round_up(groups, V::kWidth)) {
+    const int64_t depth = padded_depth(head_dim);
+    float* rows = scratch.take<float>(width_ * depth);
+    for (int64_t g = 0; g < width_; ++g) {
+      // The lanes past the last group repeat the first: on a tie it wins.
+      copy_row<V>(centroids + (g < groups ? g : 0) * head_dim, rows + g * depth,
+                  head_dim, depth);
+    }
+    centroids_ = scratch.take<float>(depth * width_);
+    transpose<V>(rows, depth, centroids_, width_, width_, depth);
+    copies_ = scratch.take<float>(kScoredTokens * depth);
+    scores_ = scratch.take<float>(kScoredTokens * width_);
+  }
+
+  // Scores tokens first, first + stride, .. (`count` of them).
+  MMDGT_INLINE void score(int64_t first, int64_t stride, int64_t count) {
+    if (std::is_same_v<T, float> && count == kScoredTokens) {
+      rows_ = reinterpret_cast<const float*>(tokens_[first]);
+      step_ = stride * tokens_.step;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        copy_row<V>(tokens_[first + i * stride], copies_ + i * head_dim_, head_dim_,
+                    head_dim_);
+      }
+      rows_ = copies_;
+      step_ = head_dim_;
+    }
+    product<V, Singles<V>>(Left<float>{rows_, step_, 1},
+                           Right<float>{centroids_, width_},
+                           round_up(count, V::kTileRows), head_dim_,
+                           width_ / V::kWidth, StoreTile<V>{scores_, width_});
+  }
+
+  // Of the i-th token scored: its D numbers, and its score for every centroid.
+  const float* row(int64_t i) const { return rows_ + i * step_; }
+  const float* scores(int64_t i) const { return scores_ + i * width_; }
+  int64_t width() const { return width_; }
+
+ private:
+  static int64_t padded_depth(int64_t head_dim) {
+    return round_up(head_dim, V::kWidth);
+  }
+
+  Rows<const T> tokens_;
+  int64_t head_dim_, width_;
+  float *centroids_, *copies_, *scores_;  // (D, width), (tokens, D), (tokens, width)
+  const float* rows_ = nullptr;
+  int64_t step_ = 0;
+};
+
+// The index of the first maximum; NaN counts as the largest, as in torch.argmax.
+template <class V>
+MMDGT_INLINE int32_t first_maximum(const float* scores, int64_t width) {
+  auto best = V::load(scores);
+  uint32_t nan = V::unordered(best, best);
+  for (int64_t g = V::kWidth; g < width; g += V::kWidth) {
+    const auto now = V::load(scores + g);
+    nan |= V::unordered(now, now);
+    best = V::max(best, now);
+  }
+  const auto maximum = V::broadcast(V::largest(best));
+  for (int64_t g = 0; g < width; g += V::kWidth) {
+    const auto now = V::load(scores + g);
+    const uint32_t found = nan ? V::unordered(now, now) : V::equal(now, maximum);
+    if (found) return static_cast<int32_t>(g + __builtin_ctz(found));
+  }
+  return 0;
+}
+
+template <class V, class T>
+void assign(const AssignTask<T>& task, Scratch& scratch) {
+  scratch.start(Scorer<V, T>::scratch_bytes(task.groups, task.head_dim));
+  Scorer<V, T> scorer(task.query, task.centroids, task.groups, task.head_dim,
+                      scratch);
+  const int64_t head_dim = task.head_dim;
+  for (int64_t first = 0; first < task.tokens; first += kScoredTokens) {
+    const int64_t count = std::min(kScoredTokens, task.tokens - first);
+    scorer.score(first, 1, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t group = first_maximum<V>(scorer.scores(i), scorer.width());
+      task.group[first + i] = group;
+      if (!task.sums) continue;
+      ++task.counts[group];
+      const float* row = scorer.row(i);
+      float* sum = task.sums + group * head_dim;
+      auto squares = V::zero();
+      int64_t d = 0;
+      for (; d + V::kWidth <= head_dim; d += V::kWidth) {
+        const auto part = V::load(row + d);
+        squares = V::fmadd(part, part, squares);
+      }
+      float square = V::sum(squares);
+      for (int64_t e = d; e < head_dim; ++e) square += row[e] * row[e];
+      const float inverse = 1.0f / std::max(std::sqrt(square), 1e-12f);
+      const auto factor = V::broadcast(inverse);
+      for (d = 0; d + V::kWidth <= head_dim; d += V::kWidth) {
+        V::store(sum + d, V::fmadd(V::load(row + d), factor, V::load(sum + d)));
+      }
+      for (; d < head_dim; ++d) sum[d] += row[d] * inverse;
+    }
+  }
+}
+
+// Estimates from a sample a score that more than `num_keys` of the tokens reach,
+// but not many more. It needn't be right: too few or too many candidates cost time
+// only.
+template <class V, class T>
+void estimate_thresholds(Scorer<V, T>& scorer, int64_t tokens, int64_t num_keys,
+                         int64_t samples, float* sampled, float* thresholds) {
+  const int64_t width = scorer.width();
+  // An odd stride, or else an image of even width is sampled in few columns.
+  const int64_t stride = (tokens / samples - 1) | 1;
+  for (int64_t first = 0; first < samples; first += kScoredTokens) {
+    scorer.score(first * stride, stride, kScoredTokens);
+    std::copy(scorer.scores(0), scorer.scores(0) + kScoredTokens * width,
+              sampled + first * width);
+  }
+  // Four standard deviations above the expected number, and some.
+  const float expected = static_cast<float>(num_keys) * samples / tokens;
+  const float wanted = expected + 4 * std::sqrt(expected) + 4;
+  float low[V::kWidth], high[V::kWidth], middle[V::kWidth], reached[V::kWidth];
+  for (int64_t g = 0; g < width; g += V::kWidth) {
+    auto maximum = V::load(sampled + g), minimum = maximum;
+    for (int64_t i = 1; i < samples; ++i) {
+      const auto score = V::load(sampled + i * width + g);
+      maximum = V::max(maximum, score);
+      minimum = -V::max(-minimum, -score);
+    }
+    V::store(low, minimum);
+    V::store(high, maximum);
+    for (int step = 0; step < 10; ++step) {
+      for (int i = 0; i < V::kWidth; ++i) middle[i] = 0.5f * (low[i] + high[i]);
+      const auto limit = V::load(middle);
+      typename V::Reg count[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (int64_t i = 0; i < samples; i += 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          count[j] = V::count_not_below(
+              count[j], V::load(sampled + (i + j) * width + g), limit);
+        }
+      }
+      V::store(reached, (count[0] + count[1]) + (count[2] + count[3]));
+      for (int i = 0; i < V::kWidth; ++i) {
+        (reached[i] >= wanted ? low : high)[i] = middle[i];
+      }
+    }
+    std::copy(low, low + V::kWidth, thresholds + g);
+  }
+}
+
+// Streams the keys past one threshold per group. A group that collects too many
+// candidates prunes them and raises its threshold; one that collects too few, for
+// an unlucky sample, goes through the keys again without a threshold.
+template <class V, class T>
+void select(const SelectTask<T>& task, Scratch& scratch) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t tokens = task.tokens, groups = task.groups, wanted = task.num_keys;
+  const int64_t capacity = std::min(tokens, 4 * wanted + 256);
+  const int64_t samples = round_up(
+      std::clamp<int64_t>(tokens / 16, 256, 2048), kScoredTokens);
+  const bool sample = tokens >= 4 * samples && tokens >= 4 * wanted;
+  const int64_t width = round_up(groups, V::kWidth);
+  scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
+                (groups + 1) * capacity * sizeof(uint64_t) +
+                (1 + sample * samples) * width * sizeof(float));
+  Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
+  uint64_t* ranks = scratch.take<uint64_t>(groups * capacity);
+  uint64_t* work = scratch.take<uint64_t>(capacity);
+  float* thresholds = scratch.take<float>(width);
+  std::fill(thresholds, thresholds + width, -kInfinity);
+  if (sample) {
+    estimate_thresholds(scorer, tokens, wanted, samples,
+                        scratch.take<float>(samples * width), thresholds);
+  }
+
+  std::vector<Candidates> candidates;
+  std::vector<uint64_t> open((groups + 63) / 64, 0);  // one bit per group
+  for (int64_t g = 0; g < groups; ++g) {
+    candidates.emplace_back(ranks + g * capacity, capacity, wanted);
+    open[g / 64] |= uint64_t{1} << g % 64;
+  }
+  for (bool again = true; again;) {
+    for (int64_t first = 0; first < tokens; first += kScoredTokens) {
+      const int64_t count = std::min(kScoredTokens, tokens - first);
+      scorer.score(first, 1, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* scores = scorer.scores(i);
+        for (int64_t base = 0; base < width; base += 64) {
+          uint64_t passed = 0;
+          const int64_t end = std::min<int64_t>(64, width - base);
+          for (int64_t g = 0; g < end; g += V::kWidth) {
+            const uint64_t found = V::not_less(V::load(scores + base + g),
+                                               V::load(thresholds + base + g));
+            passed |= found << g;
+          }
+          passed &= open[base / 64];
+          for (; passed; passed &= passed - 1) {
+            const int64_t g = base + __builtin_ctzll(passed);
+            Candidates& list = candidates[g];
+            if (list.full()) {
+              // A later token must beat the least of those kept.
+              const float least = score_of_rank(list.prune(work));
+              thresholds[g] = std::nextafter(least, kInfinity);
+            }
+            list.add(choice_rank(scores[g], static_cast<uint32_t>(first + i)));
+          }
+        }
+      }
+    }
+    again = false;
+    std::fill(open.begin(), open.end(), 0);
+    for (int64_t g = 0; g < groups; ++g) {
+      if (candidates[g].size() >= wanted) continue;
+      candidates[g].clear();
+      thresholds[g] = -kInfinity;
+      open[g / 64] |= uint64_t{1} << g % 64;
+      again = true;
+    }
+  }
+
+  for (int64_t g = 0; g < groups; ++g) {
+    candidates[g].prune(work);
+    uint64_t* chosen = ranks + g * capacity;
+    if (task.sorted) std::sort(chosen, chosen + wanted, std::greater<uint64_t>());
+    for (int64_t i = 0; i < wanted; ++i) {
+      task.index[g * wanted + i] = static_cast<int32_t>(token_of_rank(chosen[i]));
+    }
+  }
+}
+
+}  // namespace mmdgt
