@@ -3,6 +3,7 @@ custom_imports = dict(imports=['mmdgt'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='CentroidHook'),  # eqs. 3 and 4, tau = 0.1 * lr
     dict(type='PlainCheckpointHook'),
+    dict(type='LabelCheckHook'),
 ]
 env_cfg = dict(
     cudnn_benchmark=False,

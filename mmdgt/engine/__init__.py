@@ -1,8 +1,8 @@
 """What training adds to mmengine."""
 
 from .flops import register_flop_counters
-from .hooks import CentroidHook, PlainCheckpointHook, group_usage
+from .hooks import CentroidHook, LabelCheckHook, PlainCheckpointHook, group_usage
 
 register_flop_counters()
 
-__all__ = ['CentroidHook', 'PlainCheckpointHook', 'group_usage']
+__all__ = ['CentroidHook', 'LabelCheckHook', 'PlainCheckpointHook', 'group_usage']

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
@@ -126,3 +127,38 @@ def _to_plain(value: Any) -> Any:
 
 def _to_history(log_history: Tensor, count_history: Tensor) -> HistoryBuffer:
     return HistoryBuffer(log_history.cpu().numpy(), count_history.cpu().numpy())
+
+
+@HOOKS.register_module()
+class LabelCheckHook(Hook):
+    """Stops with the name of the file if a label map has labels of no class.
+
+    Without it a GPU fails somewhere in the loss, without a name.
+    """
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Look at the label maps of the batch, before they go to the device."""
+        self._check(runner, data_batch)
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Look at the label maps of the batch."""
+        self._check(runner, data_batch)
+
+    def _check(self, runner: Runner, data_batch: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        head = getattr(model, 'decode_head', None)
+        for sample in data_batch['data_samples'] if head is not None else ():
+            labels = sample.gt_sem_seg.data
+            wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]
+            if wrong.numel():
+                raise ValueError(
+                    f'{sample.seg_map_path} has label {wrong.max().item()}, expected 0'
+                    f' to {head.num_classes - 1}, or {head.ignore_index} for what does'
+                    f' not count, after reduce_zero_label={sample.reduce_zero_label}.'
+                    f' Mend the label map, or set num_classes of decode_head and'
+                    f' auxiliary_head and the classes in the metainfo of the dataset'
+                )

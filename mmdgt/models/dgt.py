@@ -149,7 +149,9 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
     The first pass has moved them already; a second move would make training with
     checkpoints differ from training without.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

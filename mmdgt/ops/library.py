@@ -85,9 +85,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:
         return (None,) * 6
-    grads = ops.group_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.scale
-    )
+    grads = ops.group_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None
 
 

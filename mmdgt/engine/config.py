@@ -1,0 +1,105 @@
+"""What the command-line tools do to a config before the Runner gets it."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that all tools share, named as OpenMMLab names them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results; work_dirs/CONFIG by default'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config, such as train_cfg.max_iters=100 or'
+        ' model.backbone.out_indices="(1,2,3)"; data_root=DIR reaches every path'
+        ' below the old data_root',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='job launcher',
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name and apply their overrides.
+
+    Args:
+        args (Namespace): Of :func:`make_parser`.
+
+    Returns:
+        Config: With ``work_dir`` and ``launcher`` set.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    old_root = cfg.get('data_root')
+    cfg.merge_from_dict(args.cfg_options)
+    # The config has put data_root into other settings while it was read.
+    if old_root and cfg.data_root != old_root:
+        cfg._cfg_dict.update(_moved(cfg._cfg_dict.to_dict(), old_root, cfg.data_root))
+    for loader in LOADERS:
+        if loader in cfg and cfg[loader] and not cfg[loader].get('num_workers'):
+            cfg[loader].persistent_workers = False  # There is none to persist.
+    cfg.launcher = args.launcher
+    default = os.path.join('work_dirs', Path(args.config).stem)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default
+    return cfg
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """Replace a leading folder in every string of a config."""
+    if isinstance(node, dict):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_moved(value, old, new) for value in node)
+    if isinstance(node, str) and (
+        node == old or node.startswith(old.rstrip('/') + '/')
+    ):
+        return new.rstrip('/') + node[len(old.rstrip('/')) :]
+    return node
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Make sure that the data are where the config points.
+
+    Args:
+        cfg (Config): The config.
+        loaders (str): Which of its data loaders are going to be used.
+
+    Raises:
+        FileNotFoundError: If a folder or an annotation file is missing or empty.
+    """
+    for loader in loaders:
+        dataset = cfg[loader].dataset
+        while 'dataset' in dataset:  # wrapped, to repeat it for instance
+            dataset = dataset.dataset
+        root = dataset.get('data_root') or ''
+        parts = {'data_root': '', **dataset.get('data_prefix', {})}
+        if dataset.get('ann_file'):
+            parts['ann_file'] = dataset.ann_file
+        for setting, part in parts.items():
+            path = Path(root, part)
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                state = 'is empty' if path.exists() else 'does not exist'
+                raise FileNotFoundError(
+                    f'{loader} of the config expects data in {path} (its {setting}),'
+                    f' which {state}. Put the data there, or say where they are:'
+                    f' --cfg-options data_root=DIR'
+                )

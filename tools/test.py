@@ -1,0 +1,76 @@
+"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--tta]."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import mmengine
+from mmengine.config import Config
+from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
+
+from mmdgt.engine.config import check_data, load_config, make_parser
+
+
+def enable_tta(cfg: Config) -> None:
+    """Wrap the model and the test pipeline for test-time augmentation."""
+    if 'tta_model' not in cfg:
+        raise ValueError('--tta needs tta_model in the config, which has none')
+    if 'tta_pipeline' not in cfg:  # Flip, and average, what the config tests with.
+        *load, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+        augment = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        cfg.tta_pipeline = [*load, augment]
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def enable_visualization(cfg: Config, show: bool, show_dir: str | None) -> None:
+    """Draw the predictions; each framework names the settings its own way."""
+    settings = {
+        'mmseg': dict(draw=True, show=show),
+        'mmdet': dict(draw=True, show=show, test_out_dir=show_dir),
+        'mmpretrain': dict(enable=True, show=show, out_dir=show_dir),
+    }
+    cfg.default_hooks.visualization.update(settings[cfg.default_scope])
+    if show_dir and cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = show_dir
+
+
+def main() -> None:
+    """Build the Runner that the config describes and let it test."""
+    parser = make_parser('Evaluate a segmentor, detector or classifier')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--tta', action='store_true', help='augment: several scales, flips'
+    )
+    parser.add_argument(
+        '--out',
+        help='where the predictions go: a folder of label maps for segmentation, a'
+        ' .pkl file otherwise',
+    )
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    args = parser.parse_args()
+    cfg = load_config(args)
+    check_data(cfg, 'test_dataloader')
+    cfg.load_from = args.checkpoint
+    segmentation = cfg.default_scope == 'mmseg'
+    if args.out and segmentation:
+        cfg.test_evaluator.output_dir = args.out
+    elif args.out and Path(args.out).suffix not in ('.pkl', '.pickle'):
+        parser.error(f'--out must name a .pkl file, got {args.out}')
+    if args.tta:
+        enable_tta(cfg)
+    if args.show or args.show_dir:
+        enable_visualization(cfg, args.show, args.show_dir)
+
+    runner = Runner.from_cfg(cfg)
+    if args.out and not segmentation:
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    metrics = runner.test()
+    name = 'metrics_tta.json' if args.tta else 'metrics.json'
+    mmengine.dump(metrics, str(Path(cfg.work_dir, name)), indent=2)
+
+
+if __name__ == '__main__':
+    main()
