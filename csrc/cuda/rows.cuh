@@ -1,0 +1,244 @@
+// Rows of D elements: where they lie in device memory, in shared memory, and how
+// they become operands of the tensor cores.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "mma.cuh"
+
+namespace mmdgt {
+
+// A (B,H,L,D) tensor of any strides but the last, which is 1. `row(bh, l)` is its
+// row of head bh % H of image bh / H.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t batch_stride, head_stride, token_stride;
+  int heads;
+
+  explicit Rows(const at::Tensor& tokens)
+      : data(static_cast<T*>(tokens.data_ptr())),
+        batch_stride(tokens.stride(0)),
+        head_stride(tokens.stride(1)),
+        token_stride(tokens.stride(2)),
+        heads(static_cast<int>(tokens.size(1))) {}
+
+  __device__ __forceinline__ T* head(int bh) const {
+    return data + (bh / heads) * batch_stride + (bh % heads) * head_stride;
+  }
+  __device__ __forceinline__ T* row(int bh, int64_t token) const {
+    return head(bh) + token * token_stride;
+  }
+};
+
+// Kernels move 16 bytes at a time, so rows must start at multiples of that.
+// Views of one projection do; whatever does not is copied.
+inline at::Tensor aligned_rows(const at::Tensor& tokens) {
+  const int64_t step = 16 / tokens.element_size();
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(tokens.data_ptr()) % 16 == 0 &&
+      tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
+      tokens.stride(2) % step == 0;
+  return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
+}
+
+// A row as operand of products over D. Of every 32 elements a thread holds the
+// eight from 8 * (lane % 4) on, as four pairs, so that it loads them at once; the
+// k of the products are permuted alike for both operands, which changes nothing.
+template <typename T, int D>
+struct RowFragment {
+  Pair<T> x[D / 32][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int block = 0; block < D / 32; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[block][i] = pack<T>(0.f, 0.f);
+    }
+  }
+
+  // From device memory; elements from `dim` on are zero.
+  __device__ __forceinline__ void load(const T* row, int dim) {
+    constexpr int kVectors = sizeof(Pair<T>) / 4;
+    const int first = 8 * (threadIdx.x % 4);
+    clear();
+#pragma unroll
+    for (int block = 0; block < D / 32; ++block) {
+      const int column = 32 * block + first;
+      if (column >= dim) continue;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        *(reinterpret_cast<uint4*>(x[block]) + v) =
+            __ldg(reinterpret_cast<const uint4*>(row + column) + v);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void negate() {
+#pragma unroll
+    for (int block = 0; block < D / 32; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<T>(x[block][i]);
+        x[block][i] = pack<T>(-pair.x, -pair.y);
+      }
+    }
+  }
+
+  __device__ __forceinline__ FragmentB<T> operand_b(int step) const {
+    return {{x[step / 2][2 * (step % 2)], x[step / 2][2 * (step % 2) + 1]}};
+  }
+};
+
+// Rows r and r + 8 of a 16 row operand.
+template <typename T, int D>
+__device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
+                                                  const RowFragment<T, D>& high,
+                                                  int step) {
+  const int block = step / 2, i = 2 * (step % 2);
+  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1],
+           high.x[block][i + 1]}};
+}
+
+// Rows in shared memory, their 16 byte chunks permuted such that neither reading
+// rows nor reading columns meets bank conflicts (D = 32).
+template <typename T, int D>
+struct SharedRows {
+  static constexpr int kRowBytes = D * sizeof(T);
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kChunkElements = 16 / sizeof(T);
+
+  uint32_t base;  // address within shared memory
+
+  __device__ __forceinline__ explicit SharedRows(const void* memory)
+      : base(static_cast<uint32_t>(__cvta_generic_to_shared(memory))) {}
+
+  __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+    const int twist = kChunks == 4 ? (row >> 1) & 3 : row & 7;
+    return base + row * kRowBytes + ((chunk ^ twist) << 4);
+  }
+
+  // Starts to copy 16 bytes of a row of device memory, or zeros.
+  __device__ __forceinline__ void copy_async(int row, int chunk, const T* source,
+                                             bool valid) const {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
+                     address(row, chunk)),
+                 "l"(source + (valid ? chunk * kChunkElements : 0)), "r"(bytes)
+                 : "memory");
+  }
+
+  __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
+    constexpr int kVectors = sizeof(Pair<T>) / 4;
+    const int q = threadIdx.x % 4;
+    RowFragment<T, D> fragment;
+#pragma unroll
+    for (int block = 0; block < D / 32; ++block) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t* x = reinterpret_cast<uint32_t*>(fragment.x[block]) + 4 * v;
+        const int chunk = (4 * block + q) * kVectors + v;
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(address(row, chunk))
+                     : "memory");
+      }
+    }
+    return fragment;
+  }
+
+  // B operands of products over 16 rows from `row` on: columns 16 * pair and
+  // 16 * pair + 8.
+  __device__ __forceinline__ void load_columns(int row, int pair,
+                                               FragmentB<T> (&b)[2]) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+      asm volatile(
+          "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+          : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+          : "r"(address(row + lane % 16, 2 * pair + lane / 16))
+          : "memory");
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 16 * pair + 8 * i + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int first = row + 8 * half + 2 * (lane % 4);
+          b[i].x[half] = make_float2(element(first, column),
+                                     element(first + 1, column));
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float element(int row, int column) const {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];\n"
+                 : "=f"(x)
+                 : "r"(address(row, column / 4) + column % 4 * 4)
+                 : "memory");
+    return x;
+  }
+};
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+// Waits until at most `kPending` of the thread's committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Transposes 4x4 words among the four lanes of a quad: word j of lane q becomes
+// word q of lane j.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+    if (odd) x[i] = other; else x[i + 1] = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
+    if (upper) x[i] = other; else x[i + 2] = other;
+  }
+}
+
+// Writes row r (half = 0) or r + 8 (half = 1) of a 16xD result, times `factor`.
+// The quad that holds the row exchanges its parts to write 16 bytes at a time.
+// Called by whole warps; rows that do not exist have no destination.
+template <typename T, int D>
+__device__ __forceinline__ void store_row(const float (&c)[D / 8][4], int half,
+                                          float factor, T* row, int dim) {
+  constexpr int kWords = sizeof(Pair<T>) / 4;
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int block = 0; block < D / 32; ++block) {
+    uint32_t word[kWords][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Pair<T> pair = pack<T>(c[4 * block + i][2 * half] * factor,
+                                   c[4 * block + i][2 * half + 1] * factor);
+      const auto* words = reinterpret_cast<const uint32_t*>(&pair);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) word[w][i] = words[w];
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) transpose_quad(word[w]);
+    const int column = 32 * block + 8 * q;
+    if (row == nullptr || column >= dim) continue;
+    auto* target = reinterpret_cast<uint4*>(row + column);
+    if constexpr (kWords == 1) {
+      target[0] = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
+    } else {
+      target[0] = make_uint4(word[0][0], word[1][0], word[0][1], word[1][1]);
+      target[1] = make_uint4(word[0][2], word[1][2], word[0][3], word[1][3]);
+    }
+  }
+}
+
+}  // namespace mmdgt
