@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,10 @@ def ade20k_sample():
             f'no ADE20K pictures in {folder}; set ADE20K_SAMPLE to their folder'
         )
     return folder
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -20,9 +20,9 @@ class CentroidHook(Hook):
     """Updates the centroids of DG-Attention and reports on their groups.
 
     After every training iteration: eqs. 3 and 4 with ``tau = factor * lr``, lr as
-    the schedule has it in that iteration. Every ``interval`` iterations, for each
-    layer: the share of its groups that got a query (``live``) and the share of a
-    head's queries that fell to its largest group (``largest``, the worst head).
+    the schedule has it in that iteration. Whenever the training log gets a line, for
+    each layer: the share of its groups that got a query (``live``) and the share of
+    a head's queries that fell to its largest group (``largest``, the worst head).
     Both go to the visualizer as ``groups/...`` and, the worst of all layers, to the
     training log.
 
@@ -31,15 +31,21 @@ class CentroidHook(Hook):
         mirrored (bool): Whether tau weighs the new mean instead of the old
             centroid, the usual form of a moving average. Eq. 4 as printed, the
             default, gives a small tau to the old centroid.
-        interval (int): Iterations between two reports.
+        reseed (bool): Whether a group without queries splits a large one instead of
+            keeping its centroid (:func:`mmdgt.update_centroids`).
     """
 
     def __init__(
-        self, factor: float = 0.1, mirrored: bool = False, interval: int = 50
+        self, factor: float = 0.1, mirrored: bool = False, reseed: bool = False
     ) -> None:
         self.factor = factor
         self.mirrored = mirrored
-        self.interval = interval
+        self.reseed = reseed
+
+    def before_train(self, runner: Runner) -> None:
+        """Look up how often the training log gets a line."""
+        loggers = (h for h in runner.hooks if isinstance(h, LoggerHook))
+        self.interval = next((logger.interval for logger in loggers), 50)
 
     def after_train_iter(
         self,
@@ -53,7 +59,7 @@ class CentroidHook(Hook):
         # Parameter groups may scale the rate; base_lr is the one before that.
         tau = self.factor * learning_rates.get('base_lr', learning_rates['lr'])[0]
         keep = 1 - tau if self.mirrored else tau
-        group_counts = update_centroids(runner.model, keep)
+        group_counts = update_centroids(runner.model, keep, self.reseed)
         if group_counts and self.every_n_train_iters(runner, self.interval):
             self._report(runner, group_counts)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops import dynamic_group_attention
 
 MAX_LOGIT_SCALE = 100.0  # of Swin Transformer V2, which starts at 10
+NUDGE = 0.1  # how far a split-off centroid stands from the one it splits
 
 
 class GlobalAttention(nn.Module):
@@ -112,7 +113,9 @@ class DynamicGroupAttention(GlobalAttention):
 
 
 @torch.no_grad()
-def update_centroids(model: nn.Module, keep: float) -> dict[str, Tensor]:
+def update_centroids(
+    model: nn.Module, keep: float, reseed: bool = False
+) -> dict[str, Tensor]:
     """Move the centroids of a model to the means of their groups, eqs. 3 and 4.
 
     ``e = Norm(keep * e + (1 - keep) * e')`` with ``e'`` the mean of the normalised
@@ -124,6 +127,9 @@ def update_centroids(model: nn.Module, keep: float) -> dict[str, Tensor]:
     Args:
         model (nn.Module): Any model that holds :class:`DynamicGroupAttention`.
         keep (float): Weight of the old centroid, tau in eq. 4.
+        reseed (bool): Whether a group without queries splits a large one instead of
+            keeping its centroid: the r-th of them moves next to the mean of the r-th
+            largest group, on the side where it was.
 
     Returns:
         dict: Name of every DG-Attention layer to its (H, G) numbers of queries in
@@ -149,8 +155,28 @@ def update_centroids(model: nn.Module, keep: float) -> dict[str, Tensor]:
         mean = sums / counts.unsqueeze(-1)  # eq. 3
         moved = F.normalize(keep * layer.centroids + (1 - keep) * mean, dim=-1)  # eq. 4
         usable = (counts > 0) & mean.isfinite().all(-1)
-        moved = moved.to(layer.centroids.dtype)
-        layer.centroids.copy_(torch.where(usable[..., None], moved, layer.centroids))
+        moved = torch.where(usable[..., None], moved, layer.centroids.double())
+        if reseed and counts.any():
+            moved = _split_largest(moved, counts)
+        layer.centroids.copy_(moved)
         layer.group_counts.zero_()
         group_counts[name] = counts
     return group_counts
+
+
+def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
+    """Put the centroids of empty groups beside those of the largest.
+
+    Args:
+        centroids (Tensor): (H, G, D).
+        counts (Tensor): (H, G).
+
+    Returns:
+        Tensor: (H, G, D).
+    """
+    empty = counts == 0
+    rank = (empty.cumsum(1) - 1).clamp(min=0)  # among the empty groups of the head
+    by_size = counts.argsort(dim=1, descending=True, stable=True)
+    largest = by_size.gather(1, rank)[..., None].expand_as(centroids)
+    split = F.normalize(centroids.gather(1, largest) + NUDGE * centroids, dim=-1)
+    return torch.where(empty[..., None], split, centroids)

@@ -286,7 +286,8 @@ class DGT(BaseModule):
             )
 
         self.stem = Stem(in_channels, arch['stem_dims'], norm_cfg)
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last = max(sum(depths) - 1, 1)
+        drop_paths = (drop_path_rate * i / last for i in range(sum(depths)))
         self.stages = nn.ModuleList()
         previous = arch['stem_dims']
         for stage in range(self.out_indices[-1] + 1):

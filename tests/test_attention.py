@@ -1,0 +1,157 @@
+"""The attention layers, and how their centroids move."""
+
+import loops
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from mmdgt.models import DynamicGroupAttention, GlobalAttention, update_centroids
+
+
+def to_numpy(x):
+    return x.detach().double().numpy()
+
+
+def split_heads(x, heads):
+    """(B, L, C) -> (B, H, L, D)."""
+    B, L, C = x.shape
+    return x.reshape(B, L, heads, C // heads).transpose(0, 2, 1, 3)
+
+
+def project(layer, x):
+    """The layer's queries, keys and values (B, H, L, D), by NumPy."""
+    weight, bias = to_numpy(layer.qkv.weight), to_numpy(layer.qkv.bias)
+    parts = np.split(to_numpy(x) @ weight.T + bias, 3, axis=-1)
+    return [split_heads(part, layer.num_heads) for part in parts]
+
+
+def join(layer, out):
+    """(B, H, L, D) -> (B, L, C), through the layer's last projection."""
+    B, H, L, D = out.shape
+    joined = out.transpose(0, 2, 1, 3).reshape(B, L, H * D)
+    return joined @ to_numpy(layer.proj.weight).T + to_numpy(layer.proj.bias)
+
+
+def cosine(layer, q, k):
+    """Swin V2: unit vectors, scores times a learned factor of at most 100."""
+    factor = np.minimum(np.exp(to_numpy(layer.logit_scale)), 100)[None]
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    return q * factor, k
+
+
+@pytest.mark.parametrize('log_scale', [None, np.log(10), np.log(500)])
+@pytest.mark.parametrize('num_keys', [5, 100])
+def test_dynamic_group_attention(log_scale, num_keys):
+    layer = DynamicGroupAttention(
+        16, 2, num_groups=4, num_keys=num_keys, cosine=log_scale is not None
+    ).eval()
+    if log_scale is not None:
+        nn.init.constant_(layer.logit_scale, log_scale)
+    x = torch.randn(2, 21, 16)
+    q, k, v = project(layer, x)
+    scale = 8**-0.5
+    if log_scale is not None:
+        (q, k), scale = cosine(layer, q, k), 1.0
+    e = to_numpy(layer.centroids)
+    out = loops.attend(q, k, v, loops.assign(q, e), loops.select(k, e, num_keys), scale)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+
+
+@pytest.mark.parametrize('use_cosine', [False, True])
+def test_global_attention(use_cosine):
+    layer = GlobalAttention(16, 2, cosine=use_cosine)
+    x = torch.randn(2, 11, 16)
+    q, k, v = project(layer, x)
+    scale = 8**-0.5
+    if use_cosine:
+        (q, k), scale = cosine(layer, q, k), 1.0
+    everyone = np.broadcast_to(np.arange(11), (2, 2, 1, 11))
+    out = loops.attend(q, k, v, np.zeros((2, 2, 11), dtype=int), everyone, scale)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+
+
+@pytest.mark.parametrize('keep', [0.25, 1e-5])
+def test_centroids_move_by_equations_3_and_4(keep):
+    layer = DynamicGroupAttention(16, 2, num_groups=30, num_keys=5).train()
+    before = to_numpy(layer.centroids)
+    x = torch.randn(2, 20, 16)
+    layer(x)
+    np.testing.assert_array_equal(to_numpy(layer.centroids), before)  # not yet
+
+    reported = update_centroids(layer, keep)
+    q, _, _ = project(layer, x)
+    means, counts = loops.mean_queries(q, loops.assign(q, before), 30)
+    expected = loops.move_centroids(before, means, counts, keep)
+    assert (counts == 0).any(), 'the test wants empty groups'
+    np.testing.assert_array_equal(reported[''], counts)
+    np.testing.assert_allclose(to_numpy(layer.centroids), expected, atol=1e-6)
+    empty = counts == 0
+    np.testing.assert_array_equal(to_numpy(layer.centroids)[empty], before[empty])
+
+
+def test_a_second_update_without_queries_changes_nothing():
+    layer = DynamicGroupAttention(16, 2, num_groups=4).train()
+    layer(torch.randn(1, 20, 16))
+    update_centroids(layer, 0.1)
+    once = layer.centroids.clone()
+    update_centroids(layer, 0.1)
+    assert torch.equal(layer.centroids, once)
+
+
+def test_evaluation_changes_nothing():
+    layer = DynamicGroupAttention(16, 2, num_groups=4).eval()
+    before = layer.centroids.clone()
+    layer(torch.randn(1, 20, 16))
+    counts = update_centroids(layer, 0.1)['']
+    assert torch.equal(layer.centroids, before)
+    assert counts.sum() == 0
+
+
+def test_queries_that_are_not_finite_move_no_centroid():
+    layer = DynamicGroupAttention(16, 2, num_groups=4).train()
+    x = torch.randn(2, 20, 16)
+    x[0, 3, 2] = torch.nan
+    layer(x)
+    update_centroids(layer, 0.1)
+    assert layer.centroids.isfinite().all()
+
+
+def test_centroids_stay_in_float32_under_autocast():
+    layer = DynamicGroupAttention(16, 2, num_groups=4).train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        layer(torch.randn(2, 20, 16)).float().sum().backward()
+    assert layer.group_sums.dtype == layer.centroids.dtype == torch.float32
+    update_centroids(layer, 0.1)
+    torch.testing.assert_close(layer.centroids.norm(dim=-1), torch.ones(2, 4))
+
+
+def _train_on_part(rank, port, images, folder):
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
+    )
+    layer = _layer()
+    for part in images:
+        layer(part[rank::2])
+        update_centroids(layer, 0.1)
+    torch.save(layer.centroids, f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def _layer():
+    torch.manual_seed(3)
+    return DynamicGroupAttention(16, 2, num_groups=6, num_keys=5).train()
+
+
+def test_two_processes_equal_one_with_all_images(tmp_path, free_port):
+    images = torch.randn(3, 4, 20, 16)
+    mp.spawn(_train_on_part, (free_port, images, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert torch.equal(first, second)
+
+    alone = _layer()
+    for batch in images:
+        alone(batch)
+        update_centroids(alone, 0.1)
+    torch.testing.assert_close(first, alone.centroids)
