@@ -21,8 +21,10 @@ from setuptools import setup
 
 
 def skip(reason: str) -> dict:
-    print(f'mmdgt is installed without its compiled operators: {reason}',
-          file=sys.stderr)
+    """What setup() is told to install plain Python, and tells the user why."""
+    print(
+        f'mmdgt is installed without its compiled operators: {reason}', file=sys.stderr
+    )
     return {}
 
 
@@ -37,6 +39,7 @@ def mmcv_headers() -> Path | None:
 
 
 def compiler_accepts(flag: str) -> bool:
+    """Whether the C++ compiler compiles and links a program with the flag."""
     compiler = os.environ.get('CXX', 'c++').split()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, 'try.cpp')
@@ -49,19 +52,24 @@ def compiler_accepts(flag: str) -> bool:
 
 
 def with_cuda() -> bool:
+    """Whether to compile the CUDA part."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
     if not torch.cuda.is_available() and os.getenv('FORCE_CUDA', '0') != '1':
         return False
     if CUDA_HOME is None or not Path(CUDA_HOME, 'bin', 'nvcc').is_file():
-        print('nvcc was not found, so the CUDA operators are left out; set CUDA_HOME '
-              "to the toolkit's folder to build them", file=sys.stderr)
+        print(
+            'nvcc was not found, so the CUDA operators are left out; set CUDA_HOME '
+            "to the toolkit's folder to build them",
+            file=sys.stderr,
+        )
         return False
     return True
 
 
 def compiled_operators() -> dict:
+    """The extension as setup() takes it, nothing where it cannot be built."""
     if os.getenv('MMDGT_WITH_OPS', '1') == '0':
         return skip('MMDGT_WITH_OPS is 0')
     if os.name == 'nt':

@@ -36,6 +36,15 @@ SIZES = (
 LAYOUTS = ('contiguous', 'projection')
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The loops are many tiny operators; one test below varies the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_tokens(size, dtype, layout, seed=0, integers=False):
     """query, key, value (B, H, L, D); strided views of one projection if asked."""
     B, H, L, D = size[:4]
@@ -251,7 +260,7 @@ def test_gradients(dtype, layout, size):
     )
     truth = gradients_in_loops(grad_out.double(), *tokens.double(), *choice, scale)
     plain = gradients_in_loops(grad_out, *tokens, *choice, scale)
-    for mine, right, theirs in zip(ours, truth, plain):
+    for mine, right, theirs in zip(ours, truth, plain, strict=True):
         assert mine.dtype == dtype and mine.transpose(1, 2).is_contiguous()
         # With one key P = 1 and dS = 0; dP - delta leaves the rounding of `out`.
         slack = torch.finfo(dtype).eps * 8 if size[-1] == 1 else 0
@@ -285,9 +294,11 @@ def test_everything_in_one_group(dtype, scale):
     grads = ops.group_attention_backward(
         tokens[0], *tokens, group, index, out, logsumexp, scale
     )
-    truth = gradients_in_loops(tokens[0].double(), *tokens.double(), group, index, scale)
+    truth = gradients_in_loops(
+        tokens[0].double(), *tokens.double(), group, index, scale
+    )
     plain = gradients_in_loops(tokens[0], *tokens, group, index, scale)
-    for mine, right, theirs in zip(grads, truth, plain):
+    for mine, right, theirs in zip(grads, truth, plain, strict=True):
         assert (mine.double() - right).abs().max() <= error_bound(theirs, right, dtype)
 
 
@@ -325,7 +336,7 @@ def test_large_numbers(dtype):
 @pytest.mark.parametrize('bad', (math.nan, math.inf))
 def test_nan_stays_in_its_slice(dtype, bad):
     size = (2, 2, 700, 32, 16, 60)
-    B, H, L, _, G, K = size
+    _, _, L, _, G, K = size
     tokens = make_tokens(size, dtype, 'projection')
     centroids = make_centroids(size)
 
@@ -348,7 +359,7 @@ def test_nan_stays_in_its_slice(dtype, bad):
             results = run(spoilt)
             assert results[0].min() >= 0 and results[0].max() < G
             assert results[1].min() >= 0 and results[1].max() < L
-            for before, after in zip(clean, results):
+            for before, after in zip(clean, results, strict=True):
                 assert torch.equal(before[0], after[0])
                 assert torch.equal(before[1, 1], after[1, 1])
             if math.isnan(bad) and whole:
@@ -361,7 +372,8 @@ def test_nan_scores_come_first():
     key = torch.randn(1, 1, 50, 32)
     key[0, 0, [7, 30]] = math.nan
     centroids = torch.randn(1, 4, 32)
-    assert ops.select_keys(key, centroids, 5, True)[0, 0, :, :2].tolist() == [[7, 30]] * 4
+    index = ops.select_keys(key, centroids, 5, True)
+    assert index[0, 0, :, :2].tolist() == [[7, 30]] * 4
     group = ops.assign_queries(key, centroids, False)[0]
     assert group[0, 0, 7] == 0
 
@@ -372,7 +384,6 @@ def test_the_same_on_every_run_and_number_of_threads():
     centroids = make_centroids(size)
 
     def run(threads):
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
         group, sums, counts = ops.assign_queries(tokens[0], centroids, True)
         index = ops.select_keys(tokens[1], centroids, 98, False)
@@ -380,12 +391,11 @@ def test_the_same_on_every_run_and_number_of_threads():
         grads = ops.group_attention_backward(
             tokens[2], *tokens, group, index, out, logsumexp, 0.2
         )
-        torch.set_num_threads(before)
         return group, sums, counts, index, out, logsumexp, *grads
 
     first = run(1)
     for threads in (1, 2, 3, 5):
-        for before, after in zip(first, run(threads)):
+        for before, after in zip(first, run(threads), strict=True):
             assert torch.equal(before, after)
 
 
