@@ -17,6 +17,11 @@ Kernels<T> choose() {
 #if defined(__x86_64__)
   if constexpr (!std::is_same_v<T, double>) {
     const std::string machine = at::get_cpu_capability();
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      if (machine == "AVX512" && __builtin_cpu_supports("avx512bf16")) {
+        return avx512_bf16_kernels();
+      }
+    }
     if (machine == "AVX512") return avx512_kernels<T>();
     if (machine == "AVX2") return avx2_kernels<T>();
   }

@@ -1,6 +1,8 @@
 // The kernels of each instruction set. The x86 ones exist on x86 only.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include "kernels.h"
 
 namespace mmdgt {
@@ -11,5 +13,6 @@ template <class T>
 Kernels<T> avx2_kernels();
 template <class T>
 Kernels<T> avx512_kernels();
+Kernels<c10::BFloat16> avx512_bf16_kernels();
 
 }  // namespace mmdgt

@@ -1,0 +1,35 @@
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../common/score_order.h"
+#include "candidates.h"
+#include "kernels_for.h"
+#include "simd_portable.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "simd_avx512.h"
+#include "product.h"
+#include "routing_kernels.h"
+#include "attention_kernels.h"
+#include "simd_avx512_bf16.h"
+MMDGT_TARGET_END
+
+namespace mmdgt {
+
+Kernels<c10::BFloat16> avx512_bf16_kernels() {
+  using T = c10::BFloat16;
+  using V = Avx512Bf16;
+  return {assign<V, T>, select<V, T>, attend<V, Bf16PairsLayout, T>,
+          attend_backward<V, T>};
+}
+
+}  // namespace mmdgt
+
+#endif
