@@ -27,20 +27,8 @@ MMDGT_HOST_DEVICE uint32_t ordered_bits(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// One sortable word for a candidate: the larger word is chosen first. Scores
-// decide; among equal scores the lower token wins.
-MMDGT_HOST_DEVICE uint64_t choice_rank(float score, uint32_t token) {
-  return static_cast<uint64_t>(ordered_bits(score)) << 32 |
-         static_cast<uint32_t>(~token);
-}
-
-MMDGT_HOST_DEVICE uint32_t token_of_rank(uint64_t rank) {
-  return ~static_cast<uint32_t>(rank);
-}
-
-// The score behind a rank; a NaN comes back as some NaN.
-MMDGT_HOST_DEVICE float score_of_rank(uint64_t rank) {
-  uint32_t bits = static_cast<uint32_t>(rank >> 32);
+// The score behind the bits; a NaN comes back as some NaN.
+MMDGT_HOST_DEVICE float score_of_bits(uint32_t bits) {
   bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
@@ -49,6 +37,20 @@ MMDGT_HOST_DEVICE float score_of_rank(uint64_t rank) {
   std::memcpy(&score, &bits, sizeof(score));
   return score;
 #endif
+}
+
+// One sortable word for a candidate: the larger word is chosen first. Scores
+// decide; among equal scores the lower token wins.
+MMDGT_HOST_DEVICE uint64_t rank_of_bits(uint32_t bits, uint32_t token) {
+  return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~token);
+}
+
+MMDGT_HOST_DEVICE uint64_t choice_rank(float score, uint32_t token) {
+  return rank_of_bits(ordered_bits(score), token);
+}
+
+MMDGT_HOST_DEVICE uint32_t token_of_rank(uint64_t rank) {
+  return ~static_cast<uint32_t>(rank);
 }
 
 }  // namespace mmdgt

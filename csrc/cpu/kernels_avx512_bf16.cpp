@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../common/score_order.h"
-#include "candidates.h"
 #include "kernels_for.h"
 #include "simd_portable.h"
 

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../common/score_order.h"
-#include "candidates.h"
 #include "kernels_for.h"
 #include "simd_portable.h"
 // Not compiled for a particular target:

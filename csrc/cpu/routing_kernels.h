@@ -170,6 +170,76 @@ void estimate_thresholds(Scorer<V, T>& scorer, int64_t tokens, int64_t num_keys,
   }
 }
 
+// The keys that passed the threshold of one group, in the order of the tokens.
+template <class V>
+class Candidates {
+ public:
+  // The arrays have room for `capacity` candidates, of which `wanted` are wanted.
+  Candidates(uint32_t* bits, int32_t* tokens, int64_t capacity, int64_t wanted)
+      : bits_(bits), tokens_(tokens), capacity_(capacity), wanted_(wanted) {}
+
+  int64_t size() const { return size_; }
+  bool full() const { return size_ == capacity_; }
+  void clear() { size_ = 0; }
+  MMDGT_INLINE void add(float score, int64_t token) {
+    bits_[size_] = ordered_bits(score);
+    tokens_[size_++] = static_cast<int32_t>(token);
+  }
+
+  // Keeps the best `wanted`, in the same order, and returns the least score kept.
+  float prune() {
+    // Bisects for the bits that exactly `wanted` reach, or more only by ties.
+    uint64_t low = *std::min_element(bits_, bits_ + size_);
+    uint64_t high = uint64_t{*std::max_element(bits_, bits_ + size_)} + 1;
+    while (high - low > 1) {
+      const uint64_t middle = (low + high) / 2;
+      const int64_t reached = count_from(middle);
+      (reached < wanted_ ? high : low) = middle;
+      if (reached == wanted_) break;
+    }
+    const auto least = static_cast<uint32_t>(low);
+    // Of equal scores the first, which are the lower tokens, win.
+    int64_t ties = wanted_ - count_from(low + 1), kept = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      const uint32_t bits = bits_[i];
+      const bool tie = bits == least && ties > 0;
+      bits_[kept] = bits;
+      tokens_[kept] = tokens_[i];
+      kept += bits > least || tie;
+      ties -= tie;
+    }
+    size_ = kept;
+    return score_of_bits(least);
+  }
+
+  // The tokens into `to`; `work` has room for `wanted` ranks.
+  void write(bool sorted, int32_t* to, uint64_t* work) const {
+    if (!sorted) {
+      std::copy(tokens_, tokens_ + size_, to);
+      return;
+    }
+    for (int64_t i = 0; i < size_; ++i) work[i] = rank_of_bits(bits_[i], tokens_[i]);
+    std::sort(work, work + size_, std::greater<uint64_t>());
+    for (int64_t i = 0; i < size_; ++i) {
+      to[i] = static_cast<int32_t>(token_of_rank(work[i]));
+    }
+  }
+
+ private:
+  int64_t count_from(uint64_t least) const {
+    if (least > 0xffffffffu) return 0;
+    const auto limit = static_cast<uint32_t>(least);
+    uint32_t count = 0;
+    for (int64_t i = 0; i < size_; ++i) count += bits_[i] >= limit;
+    return count;
+  }
+
+  uint32_t* bits_;  // ordered_bits of the scores
+  int32_t* tokens_;
+  int64_t capacity_, wanted_;
+  int64_t size_ = 0;
+};
+
 // Streams the keys past one threshold per group. A group that collects too many
 // candidates prunes them and raises its threshold; one that collects too few, for
 // an unlucky sample, goes through the keys again without a threshold.
@@ -179,15 +249,17 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   const int64_t tokens = task.tokens, groups = task.groups, wanted = task.num_keys;
   const int64_t capacity = std::min(tokens, 4 * wanted + 256);
   const int64_t samples = round_up(
-      std::clamp<int64_t>(tokens / 16, 256, 2048), kScoredTokens);
+      std::clamp<int64_t>(tokens / 16, 384, 2048), kScoredTokens);
   const bool sample = tokens >= 4 * samples && tokens >= 4 * wanted;
   const int64_t width = round_up(groups, V::kWidth);
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
-                (groups + 1) * capacity * sizeof(uint64_t) +
+                groups * capacity * (sizeof(uint32_t) + sizeof(int32_t)) +
+                wanted * sizeof(uint64_t) +
                 (1 + sample * samples) * width * sizeof(float));
   Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
-  uint64_t* ranks = scratch.take<uint64_t>(groups * capacity);
-  uint64_t* work = scratch.take<uint64_t>(capacity);
+  uint32_t* bits = scratch.take<uint32_t>(groups * capacity);
+  int32_t* places = scratch.take<int32_t>(groups * capacity);
+  uint64_t* work = scratch.take<uint64_t>(wanted);
   float* thresholds = scratch.take<float>(width);
   std::fill(thresholds, thresholds + width, -kInfinity);
   if (sample) {
@@ -195,10 +267,12 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
                         scratch.take<float>(samples * width), thresholds);
   }
 
-  std::vector<Candidates> candidates;
+  std::vector<Candidates<V>> candidates;
+  candidates.reserve(groups);
   std::vector<uint64_t> open((groups + 63) / 64, 0);  // one bit per group
   for (int64_t g = 0; g < groups; ++g) {
-    candidates.emplace_back(ranks + g * capacity, capacity, wanted);
+    candidates.emplace_back(bits + g * capacity, places + g * capacity, capacity,
+                            wanted);
     open[g / 64] |= uint64_t{1} << g % 64;
   }
   for (bool again = true; again;) {
@@ -218,13 +292,12 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
           passed &= open[base / 64];
           for (; passed; passed &= passed - 1) {
             const int64_t g = base + __builtin_ctzll(passed);
-            Candidates& list = candidates[g];
+            Candidates<V>& list = candidates[g];
             if (list.full()) {
               // A later token must beat the least of those kept.
-              const float least = score_of_rank(list.prune(work));
-              thresholds[g] = std::nextafter(least, kInfinity);
+              thresholds[g] = std::nextafter(list.prune(), kInfinity);
             }
-            list.add(choice_rank(scores[g], static_cast<uint32_t>(first + i)));
+            list.add(scores[g], first + i);
           }
         }
       }
@@ -241,12 +314,8 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   }
 
   for (int64_t g = 0; g < groups; ++g) {
-    candidates[g].prune(work);
-    uint64_t* chosen = ranks + g * capacity;
-    if (task.sorted) std::sort(chosen, chosen + wanted, std::greater<uint64_t>());
-    for (int64_t i = 0; i < wanted; ++i) {
-      task.index[g * wanted + i] = static_cast<int32_t>(token_of_rank(chosen[i]));
-    }
+    candidates[g].prune();
+    candidates[g].write(task.sorted, task.index + g * wanted, work);
   }
 }
 
