@@ -291,8 +291,8 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
     const int64_t count = std::min(kQueryBlock, task.num_queries - first);
     const int64_t rows = round_up(count, V::kTileRows);
     const int32_t* tokens = task.tokens + first;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t token = tokens[i];
+    for (int64_t i = 0; i < rows; ++i) {
+      const int32_t token = tokens[std::min(i, count - 1)];  // repeat the last
       copy_row<V>(task.query[token], query + i * columns, head_dim, columns);
       copy_row<V>(task.grad_out[token], grad_out + i * columns, head_dim, columns);
       copy_row<V>(task.out[token], grad_query, head_dim, columns);
@@ -304,11 +304,6 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
       deltas[i] = V::sum(products);
       shifts[i] = task.logsumexp[token] * static_cast<Scalar>(kLog2E);
     }
-    // Queries of zeros with gradients of zeros fill the last tile.
-    std::fill(query + count * columns, query + rows * columns, Scalar(0));
-    std::fill(grad_out + count * columns, grad_out + rows * columns, Scalar(0));
-    std::fill(deltas + count, deltas + rows, Scalar(0));
-    std::fill(shifts + count, shifts + rows, Scalar(0));
 
     const Left<Scalar> queries{query, columns, 1}, grad_outs{grad_out, columns, 1};
     product<V, Multiply>(queries, Right<Scalar>{key_t, keys}, rows, head_dim,
@@ -323,17 +318,26 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
                          Right<Scalar>{key, columns}, rows, num_keys, vectors,
                          StoreTile<V>{grad_query, columns});
     product<V, Multiply>(Left<Scalar>{grad_score, 1, keys},
-                         Right<Scalar>{query, columns}, key_rows, rows, vectors,
+                         Right<Scalar>{query, columns}, key_rows, count, vectors,
                          AddTile<V>{task.grad_key, grad_step, num_keys, scale});
     product<V, Multiply>(
         Left<Scalar>{probability, 1, keys}, Right<Scalar>{grad_out, columns},
-        key_rows, rows, vectors,
+        key_rows, count, vectors,
         AddTile<V>{task.grad_value, grad_step, num_keys, Scalar(1)});
 
     for (int64_t i = 0; i < count; ++i) {
       store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]],
                    head_dim);
     }
+  }
+}
+
+// Stores accumulated rows (count, D) in the tensor's type.
+template <class V, class T>
+void store_rows(const typename V::Scalar* from, Rows<T> to, int64_t count,
+                int64_t head_dim) {
+  for (int64_t i = 0; i < count; ++i) {
+    store_row<V>(from + i * head_dim, 1, to[i], head_dim);
   }
 }
 

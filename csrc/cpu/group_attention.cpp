@@ -208,11 +208,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
           return chosen + (task.slice * index.size(2) + task.group) * num_keys;
         };
         const auto finish = [&](const std::vector<sum_t>& from, Rows<scalar_t> to) {
-          for (int64_t l = 0; l < tokens; ++l) {
-            for (int64_t d = 0; d < head_dim; ++d) {
-              to[l][d] = static_cast<scalar_t>(from[l * head_dim + d]);
-            }
-          }
+          kernels<scalar_t>().store(from.data(), to, tokens, head_dim);
         };
 
         if (slices >= at::get_num_threads()) {

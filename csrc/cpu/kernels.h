@@ -93,6 +93,9 @@ struct Kernels {
   void (*select)(const SelectTask<T>&, Scratch&);
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
+  // (count, D) numbers into rows of D.
+  void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count,
+                int64_t head_dim);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

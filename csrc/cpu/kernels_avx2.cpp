@@ -24,7 +24,7 @@ namespace mmdgt {
 template <class T>
 Kernels<T> avx2_kernels() {
   return {assign<Avx2, T>, select<Avx2, T>, attend<Avx2, SinglesLayout<Avx2, T>, T>,
-          attend_backward<Avx2, T>};
+          attend_backward<Avx2, T>, store_rows<Avx2, T>};
 }
 
 template Kernels<float> avx2_kernels();

@@ -24,7 +24,7 @@ namespace mmdgt {
 template <class T>
 Kernels<T> avx512_kernels() {
   return {assign<Avx512, T>, select<Avx512, T>, attend<Avx512, SinglesLayout<Avx512, T>, T>,
-          attend_backward<Avx512, T>};
+          attend_backward<Avx512, T>, store_rows<Avx512, T>};
 }
 
 template Kernels<float> avx512_kernels();

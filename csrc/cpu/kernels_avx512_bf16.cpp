@@ -26,7 +26,7 @@ Kernels<c10::BFloat16> avx512_bf16_kernels() {
   using T = c10::BFloat16;
   using V = Avx512Bf16;
   return {assign<V, T>, select<V, T>, attend<V, Bf16PairsLayout, T>,
-          attend_backward<V, T>};
+          attend_backward<V, T>, store_rows<V, T>};
 }
 
 }  // namespace mmdgt

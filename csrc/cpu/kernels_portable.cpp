@@ -21,7 +21,7 @@ Kernels<T> portable_kernels() {
   using Attention = Portable<accumulate_t<T>>;
   return {assign<Portable<float>, T>, select<Portable<float>, T>,
           attend<Attention, SinglesLayout<Attention, T>, T>,
-          attend_backward<Attention, T>};
+          attend_backward<Attention, T>, store_rows<Attention, T>};
 }
 
 template Kernels<float> portable_kernels();
