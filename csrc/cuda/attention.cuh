@@ -1,7 +1,7 @@
 // Parts that the forward and the backward pass of group attention share.
 #pragma once
 
-#include <math_constants.h>
+#include <cmath>
 
 #include "launch.cuh"
 
@@ -24,6 +24,77 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Softmax attention of 16 queries of a warp over keys that come piece by piece.
+template <typename T, int D>
+struct OnlineSoftmax {
+  float o[D / 8][4] = {};
+  float highest[2] = {-INFINITY, -INFINITY};  // of rows r and r + 8
+  float sum[2] = {0.f, 0.f};  // of this lane's columns alone
+
+  // Adds the keys in rows [row, row + count) of `values` by their scores s, -inf
+  // where a query does not see the key. Scores are multiplied by scale_log2 > 0.
+  template <int kKeys>
+  __device__ __forceinline__ void add(float (&s)[kKeys / 8][4], int count,
+                                      float scale_log2,
+                                      const SharedRows<T, D>& values, int row) {
+    float lowered[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = highest[half];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      }
+      high = quad_max(high);
+      lowered[half] = high == -INFINITY ? 0.f : high * scale_log2;
+      const float factor = exp2_approx(highest[half] * scale_log2 - lowered[half]);
+      highest[half] = high;
+      sum[half] *= factor;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        o[n][2 * half] *= factor;
+        o[n][2 * half + 1] *= factor;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kKeys / 16; ++t) {
+      if (16 * t < count) {
+#pragma unroll
+        for (int n = 2 * t; n < 2 * t + 2; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s[n][i] = exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
+            sum[i / 2] += s[n][i];
+          }
+        }
+        const FragmentA<T> p = as_operand<T>(s[2 * t], s[2 * t + 1]);
+#pragma unroll
+        for (int pair = 0; pair < D / 16; ++pair) {
+          FragmentB<T> v[2];
+          values.load_columns(row + 16 * t, pair, v);
+          mma(o[2 * pair], p, v[0]);
+          mma(o[2 * pair + 1], p, v[1]);
+        }
+      }
+    }
+  }
+
+  // Writes row r (half = 0) or r + 8 (half = 1); no row, no writing.
+  __device__ __forceinline__ void store(int half, float scale_log2, int dim, T* row,
+                                        float* logsumexp) const {
+    const float total = quad_sum(sum[half]);
+    store_row<T, D>(o, half, 1.f / total, row, dim);
+    if (row != nullptr && threadIdx.x % 4 == 0) {
+      *logsumexp = kLn2 * (highest[half] * scale_log2 + log2f(total));
+    }
+  }
+};
+
+// |scale| in base 2, for exponentials. Not zero, so that -inf stays what it is.
+__device__ __forceinline__ float positive_scale_log2(float scale) {
+  return fmaxf(fabsf(scale) * kLog2E, 1e-37f);
 }
 
 // Keys that a block holds in one of its two stages of shared memory.

@@ -2,6 +2,7 @@
 // keys of its group.
 #include "../dynamic_group_attention.h"
 #include "attention.cuh"
+#include "masked_attention.h"
 #include "sort_queries.h"
 
 namespace mmdgt {
@@ -57,12 +58,9 @@ __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
     // The maximum is taken before scaling, which must not turn the order round.
     if (scale < 0.f) q[half].negate();
   }
-  // Not zero, so that a column without a key stays at -inf.
-  const float scale_log2 = fmaxf(fabsf(scale) * kLog2E, 1e-37f);
+  const float scale_log2 = positive_scale_log2(scale);
 
-  float o[D / 8][4] = {};
-  float highest[2] = {-CUDART_INF_F, -CUDART_INF_F};
-  float sum[2] = {0.f, 0.f};  // of this lane's columns alone
+  OnlineSoftmax<T, D> softmax;
   const int stages = (num_keys + kKeys - 1) / kKeys;
   for (int stage = 0; stage < stages; ++stage) {
     if (stage + 1 < stages) {
@@ -90,51 +88,11 @@ __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
         if (8 * n + 8 > count) {  // columns without a key
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -CUDART_INF_F;
+            if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
           }
         }
       }
-      float lowered[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float high = highest[half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-        }
-        high = quad_max(high);
-        lowered[half] = high == -CUDART_INF_F ? 0.f : high * scale_log2;
-        const float factor =
-            exp2_approx(highest[half] * scale_log2 - lowered[half]);
-        highest[half] = high;
-        sum[half] *= factor;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-          o[n][2 * half] *= factor;
-          o[n][2 * half + 1] *= factor;
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < kKeys / 16; ++t) {
-        if (16 * t < count) {
-#pragma unroll
-          for (int n = 2 * t; n < 2 * t + 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              s[n][i] = exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
-              sum[i / 2] += s[n][i];
-            }
-          }
-          const FragmentA<T> p = as_operand<T>(s[2 * t], s[2 * t + 1]);
-#pragma unroll
-          for (int pair = 0; pair < D / 16; ++pair) {
-            FragmentB<T> v[2];
-            values.load_columns(16 * t, pair, v);
-            mma(o[2 * pair], p, v[0]);
-            mma(o[2 * pair + 1], p, v[1]);
-          }
-        }
-      }
+      softmax.template add<kKeys>(s, count, scale_log2, values, 0);
     }
     __syncthreads();
   }
@@ -142,13 +100,9 @@ __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(sum[half]);
     T* row = token[half] >= 0 ? out.row(bh, token[half]) : nullptr;
-    store_row<T, D>(o, half, 1.f / total, row, dim);
-    if (row != nullptr && lane % 4 == 0) {
-      logsumexp[bh * num_tokens + token[half]] =
-          kLn2 * (highest[half] * scale_log2 + log2f(total));
-    }
+    softmax.store(half, scale_log2, dim, row,
+                  logsumexp + bh * num_tokens + token[half]);
   }
 }
 
@@ -163,9 +117,13 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
       at::empty(group.sizes(), query.options().dtype(at::kFloat));
   if (group.numel() == 0) return {out, logsumexp};
 
-  const SortedQueries sorted = sort_queries(group, G);
   const at::Tensor q = aligned_rows(query), k = aligned_rows(key);
   const at::Tensor v = aligned_rows(value);
+  if (has_few_tokens(q)) {
+    masked_attention(q, k, v, group, index, scale, out, logsumexp);
+    return {out, logsumexp};
+  }
+  const SortedQueries sorted = sort_queries(group, G);
   dispatch_tokens(q, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;

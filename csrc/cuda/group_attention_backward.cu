@@ -4,6 +4,7 @@
 // sums a key's parts in a fixed order, so no atomics touch the gradients.
 #include "../dynamic_group_attention.h"
 #include "attention.cuh"
+#include "masked_attention.h"
 #include "sort_queries.h"
 
 namespace mmdgt {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
         // Rows without a query get the probability 0.
         statistic[stage % 2][row] =
             exists ? make_float2(logsumexp[token] * kLog2E, delta[token])
-                   : make_float2(CUDART_INF_F, 0.f);
+                   : make_float2(INFINITY, 0.f);
       }
     }
     commit_copies();
@@ -423,10 +424,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
   at::Tensor grad_value = empty_heads_last(query);
   if (group.numel() == 0) return {grad_query, grad_key, grad_value};
 
-  const SortedQueries sorted = sort_queries(group, G);
   const at::Tensor q = aligned_rows(query), k = aligned_rows(key);
   const at::Tensor v = aligned_rows(value), d_out = aligned_rows(grad_out);
   const at::Tensor o = aligned_rows(out);
+  if (has_few_tokens(q)) {
+    masked_attention_backward(d_out, q, k, v, group, index, o, logsumexp, scale,
+                              grad_query, grad_key, grad_value);
+    return {grad_query, grad_key, grad_value};
+  }
+  const SortedQueries sorted = sort_queries(group, G);
   const at::Tensor delta = at::empty_like(logsumexp);
   const int* order = sorted.order.const_data_ptr<int>();
   const int* offsets = sorted.offsets.const_data_ptr<int>();

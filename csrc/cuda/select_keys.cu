@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int64_t kMaxMappedTokens = 1 << 17;  // 32 KB of shared memory
 
 struct Candidate {
   float score;
@@ -262,8 +263,29 @@ __device__ void choose_from_all(BitsAt&& bits_at, int64_t num_tokens, int num_ke
   }
 }
 
-// index (BH,G,K): the K best of the candidates. Sorted in the order of choice if
-// `sorted`, else by token. A block of kGroup threads serves one row.
+// Sorts list[size], a power of two, in ascending order.
+template <int kGroup>
+__device__ void bitonic_sort(uint64_t* list, int list_size) {
+  for (int size = 2; size <= list_size; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      for (int i = threadIdx.x; i < list_size / 2; i += kGroup) {
+        const int low = i / stride * stride * 2 + i % stride, high = low + stride;
+        const bool ascending = (low & size) == 0;
+        const uint64_t a = list[low], b = list[high];
+        if ((a > b) == ascending) {
+          list[low] = b;
+          list[high] = a;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// index (BH,G,K): the K best of the candidates, in the order of choice if `sorted`,
+// else by token. A block of kGroup threads serves one row. The order comes from
+// sorting a list of `list_size` or, where that is 0, from a map with one bit per
+// token, which is quicker but knows tokens only.
 template <typename T, int kGroup, int kPerThread>
 __global__ void __launch_bounds__(kGroup)
     choose_kernel(Rows<const T> key, const float* __restrict__ centroids,
@@ -272,9 +294,10 @@ __global__ void __launch_bounds__(kGroup)
                   int* __restrict__ index, int64_t num_tokens, int num_groups,
                   int num_keys, int dim, int list_size, bool sorted) {
   constexpr int kCapacity = kGroup * kPerThread;
-  extern __shared__ uint64_t list[];  // [list_size], a power of two
+  extern __shared__ __align__(16) char shared[];
   __shared__ uint32_t scratch[2][kGroup / 32];
   __shared__ int listed;
+  auto* list = reinterpret_cast<uint64_t*>(shared);
   const int64_t row = blockIdx.x;
   BlockReducer<kGroup> reduce(scratch);
   const int n = count[row];
@@ -288,12 +311,12 @@ __global__ void __launch_bounds__(kGroup)
   };
   if (threadIdx.x == 0) listed = 0;
   if (n < num_keys || n > kCapacity) {
+    __shared__ uint32_t histogram[256];
     const int bh = static_cast<int>(row / num_groups);
     const float* centroid =
         centroids +
         (static_cast<int64_t>(bh % key.heads) * num_groups + row % num_groups) * dim;
     const T* head = key.head(bh);
-    __shared__ uint32_t histogram[256];
     choose_from_all<kGroup>(
         [&](int64_t token) {
           return candidate_bits(
@@ -301,8 +324,13 @@ __global__ void __launch_bounds__(kGroup)
         },
         num_tokens, num_keys, histogram, reduce,
         [&](int place, uint32_t bits, uint32_t token) {
-          list[place] = entry(bits, token);
+          if (list_size > 0) {
+            list[place] = entry(bits, token);
+          } else {
+            index[place] = static_cast<int>(token);
+          }
         });
+    if (list_size == 0) return;
   } else {
     uint32_t bits[kPerThread], token[kPerThread];
 #pragma unroll
@@ -318,31 +346,49 @@ __global__ void __launch_bounds__(kGroup)
     const Threshold found = find_threshold<kGroup>(
         bits, [&](int i) { return token[i]; }, num_keys, num_keys,
         static_cast<uint32_t>(num_tokens), reduce);
+    const auto chosen = [&](int i) {
+      return bits[i] != 0 && found.chooses(bits[i], token[i]);
+    };
     __syncthreads();
+    if (list_size == 0) {
+      const int words = static_cast<int>((num_tokens + 31) / 32);
+      const int share = (words + kGroup - 1) / kGroup;
+      const int first = min(static_cast<int>(threadIdx.x) * share, words);
+      const int last = min(first + share, words);
+      auto* map = reinterpret_cast<uint32_t*>(shared);
+      uint32_t* before = map + words;  // chosen tokens in the words before
+      for (int w = threadIdx.x; w < words; w += kGroup) map[w] = 0;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (chosen(i)) atomicOr(&map[token[i] / 32], 1u << token[i] % 32);
+      }
+      __syncthreads();
+      int sum = 0;
+      for (int w = first; w < last; ++w) sum += __popc(map[w]);
+      sum = reduce.exclusive_sum(sum);
+      for (int w = first; w < last; ++w) {
+        before[w] = sum;
+        sum += __popc(map[w]);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (!chosen(i)) continue;
+        const int w = token[i] / 32;
+        const uint32_t lower = map[w] & ((1u << token[i] % 32) - 1);
+        index[before[w] + __popc(lower)] = static_cast<int>(token[i]);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      if (bits[i] != 0 && found.chooses(bits[i], token[i])) {
-        list[atomicAdd(&listed, 1)] = entry(bits[i], token[i]);
-      }
+      if (chosen(i)) list[atomicAdd(&listed, 1)] = entry(bits[i], token[i]);
     }
   }
   for (int i = num_keys + threadIdx.x; i < list_size; i += kGroup) list[i] = ~0ull;
   __syncthreads();
-
-  for (int size = 2; size <= list_size; size *= 2) {
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int i = threadIdx.x; i < list_size / 2; i += kGroup) {
-        const int low = i / stride * stride * 2 + i % stride, high = low + stride;
-        const bool ascending = (low & size) == 0;
-        const uint64_t a = list[low], b = list[high];
-        if ((a > b) == ascending) {
-          list[low] = b;
-          list[high] = a;
-        }
-      }
-      __syncthreads();
-    }
-  }
+  bitonic_sort<kGroup>(list, list_size);
   for (int i = threadIdx.x; i < num_keys; i += kGroup) {
     index[i] = static_cast<int>(static_cast<uint32_t>(list[i]));
   }
@@ -452,10 +498,15 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
            groups, dim, plan.capacity, static_cast<int>(step * steps),
            static_cast<int>(chunks));
 
-    int list_size = 32;
-    while (list_size < num_keys) list_size *= 2;
+    int list_size = 0;
+    if (sorted || L > kMaxMappedTokens) {
+      list_size = 32;
+      while (list_size < num_keys) list_size *= 2;
+    }
+    const size_t bytes = list_size > 0 ? list_size * sizeof(uint64_t)
+                                       : 2 * ceil_div(L, 32) * sizeof(uint32_t);
     const auto choose = [&](auto kernel, int threads) {
-      launch(kernel, heads * G, threads, list_size * sizeof(uint64_t), k, centroid,
+      launch(kernel, heads * G, threads, bytes, k, centroid,
              count.const_data_ptr<int>(), candidate, index.mutable_data_ptr<int>(),
              L, groups, keys, dim, list_size, sorted);
     };

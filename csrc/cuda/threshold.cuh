@@ -23,11 +23,6 @@ __device__ __forceinline__ uint32_t candidate_bits(float score) {
   return min(ordered_bits(score), 0xfffffffeu);
 }
 
-// The score with these bits, NaN for those of NaN.
-__device__ __forceinline__ float score_of_bits(uint32_t bits) {
-  return __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits);
-}
-
 // Sums, minima and maxima over a block of kThreads threads.
 template <int kThreads>
 struct BlockReducer {
@@ -91,7 +86,7 @@ __device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread],
                                     TokenAt&& token_at, int fewest, int most,
                                     uint32_t num_tokens,
                                     BlockReducer<kThreads>& reduce) {
-  constexpr int kValueSteps = 12;
+  constexpr int kValueSteps = 15;
   uint32_t low = 0xffffffffu, high = 0;
   int own = 0;
 #pragma unroll
@@ -100,18 +95,22 @@ __device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread],
     low = min(low, bits[i] - 1);  // "none" becomes the largest number
     own += bits[i] != 0;
   }
-  if (static_cast<int>(reduce.sum(own)) <= most) return {0, 0};
-  low = reduce.min(low) + 1;  // chooses enough
+  int from_low = reduce.sum(own);  // candidates that are not below `low`
+  int from_high = 0;
+  if (from_low <= most) return {0, 0};
+  low = reduce.min(low) + 1;    // chooses enough
   high = reduce.max(high) + 1;  // chooses too few: none
-  int above = 0;
   for (int step = 0; high - low > 1; ++step) {
     uint32_t middle = low + (high - low) / 2;
     if (step < kValueSteps) {
-      // Halving the interval of scores comes close sooner, unless they span
-      // many orders of magnitude.
-      const float score =
-          0.5f * score_of_bits(low) + 0.5f * score_of_bits(high - 1);
-      const uint32_t bits = candidate_bits(score);
+      // Interpolation between the counts, with a halving now and then, arrives
+      // sooner than halving the bits, unless the scores span many orders of
+      // magnitude.
+      const float share =
+          step % 3 == 2 ? 0.5f
+                        : (from_low - 0.5f * (fewest + most)) / (from_low - from_high);
+      const float a = score_of_bits(low), b = score_of_bits(high - 1);
+      const uint32_t bits = candidate_bits(a + (b - a) * share);
       if (bits > low && bits < high) middle = bits;
     }
     int count = 0;
@@ -121,9 +120,10 @@ __device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread],
     if (count >= fewest && count <= most) return {middle - 1, 0};
     if (count >= fewest) {
       low = middle;
+      from_low = count;
     } else {
       high = middle;
-      above = count;
+      from_high = count;
     }
   }
   // Equal scores at the cut: the lower tokens among them are chosen.
@@ -135,7 +135,7 @@ __device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread],
     for (int i = 0; i < kPerThread; ++i) {
       count += bits[i] == low && token_at(i) <= middle;
     }
-    count = above + reduce.sum(count);
+    count = from_high + reduce.sum(count);
     if ((count >= fewest && count <= most) || first == last) {
       return {low, middle + 1};
     }
