@@ -1,7 +1,8 @@
 """Scenes of textured, overlapping shapes, drawn with NumPy and OpenCV.
 
-Colour, texture, size and light are drawn independently of a shape's class: only
-its outline tells which class it is.
+Two classes share a family of colours and up to three a texture: neither tells the class
+alone. Both together do, and so does the outline. Size, turn, light and the
+surroundings are drawn independently of the class.
 """
 
 from dataclasses import dataclass
@@ -18,19 +19,31 @@ COLOURS = dict(
     square=(0, 130, 200),
     star=(245, 130, 48),
     cross=(145, 30, 180),
-    crescent=(70, 240, 240),
-    heart=(240, 50, 230),
 )
 CLASSES, PALETTE = tuple(COLOURS), tuple(COLOURS.values())
 UNLABELLED, BACKGROUND = 0, 1
 
+# What the classes are made of: a family of colours and a texture.
+MATERIALS = dict(
+    disk=('warm', 'stripes'),
+    ring=('green', 'stripes'),
+    triangle=('blue', 'grain'),
+    square=('green', 'dots'),
+    star=('warm', 'dots'),
+    cross=('blue', 'dots'),
+)
+HUES = dict(warm=(-20, 50), green=(85, 165), blue=(200, 290))  # degrees
+SATURATION = (0.45, 0.9)
+GREY = (0.0, 0.25)  # saturation of backgrounds
+TEXTURES = ('grain', 'gradient', 'stripes', 'checks', 'dots', 'clouds')
+
 # How hard the scenes are. Lengths are fractions of the image's side.
-SHAPES_PER_SCENE = (2, 7)
-RADIUS = (0.10, 0.27)
+SHAPES_PER_SCENE = (3, 7)
+RADIUS = (0.14, 0.30)
 ASPECT = (0.7, 1.0)
 MIN_VISIBLE = 0.5  # of a shape's area, else nobody could tell its class
 MIN_CONTRAST = 60.0  # between a shape's colour and what it covers, of 0 ... 441
-TEXTURE_STRENGTH = 45.0  # distance of a texture's two colours per channel
+TEXTURE_STRENGTH = (35.0, 60.0)  # how far a texture brightens and darkens
 ROD_SHARE = 0.3  # of the scenes have a rod, an object that no class describes
 CROWD_SHARE = 0.1  # of the scenes have a pack of tiny shapes (iscrowd)
 CROWD_RADIUS = (0.045, 0.055)
@@ -59,22 +72,6 @@ def cross(width):
     return np.concatenate([arm @ np.linalg.matrix_power(quarter, n) for n in range(4)])
 
 
-def crescent():
-    """Returns the outline (96, 2) of the unit circle less a smaller one."""
-    radius, shift = 0.8, 0.55
-    x = (1 - radius**2 + shift**2) / (2 * shift)  # where the two circles meet
-    outer, inner = np.arccos(x), np.arccos((x - shift) / radius)
-    bite = circle(radius, 2 * np.pi - inner, inner) + [shift, 0]
-    return np.concatenate([circle(1.0, outer, 2 * np.pi - outer), bite])
-
-
-def heart():
-    """Returns the outline (48, 2) of a heart."""
-    t = np.linspace(0, 2 * np.pi, 48)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y - 2], 1) / 16
-
-
 # Outlines (N, 2) in the unit circle; a second one is a hole.
 OUTLINES = dict(
     disk=[circle()],
@@ -83,8 +80,6 @@ OUTLINES = dict(
     square=[star(4, np.sqrt(0.5))],
     star=[star(5, 0.42)],
     cross=[cross(0.3)],
-    crescent=[crescent()],
-    heart=[heart()],
 )
 
 
@@ -121,14 +116,13 @@ class Scene:
         return labels
 
 
-def texture(rng, size):
-    """Returns a pattern (S, S, 1) in [0, 1] of a random kind and direction."""
+def texture(rng, size, kind):
+    """Returns a pattern (S, S, 1) in [0, 1] of random scale and direction."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     u = x * np.cos(angle) + y * np.sin(angle)
     v = y * np.cos(angle) - x * np.sin(angle)
     frequency = 2 * np.pi * rng.uniform(5, 12)
-    kind = rng.choice(['grain', 'gradient', 'stripes', 'checks', 'dots', 'clouds'])
     if kind == 'grain':
         noise = rng.random((size, size), np.float32)
         pattern = 0.5 + 1.5 * (cv2.GaussianBlur(noise, (0, 0), 0.8) - 0.5)
@@ -155,14 +149,28 @@ def texture(rng, size):
     return np.clip(pattern, 0, 1)[..., None].astype(np.float32)
 
 
-def textured(rng, size, avoid=None):
-    """Returns a surface (S, S, 3) whose colour keeps away from ``avoid`` (3,)."""
+def surface_of(rng, size, material, avoid=None):
+    """Returns a surface (S, S, 3), BGR.
+
+    Args:
+        rng: the scene's random generator.
+        size: side in pixels.
+        material: family of colours and texture, or None for greyish surroundings.
+        avoid: (3,) BGR that the colour keeps away from.
+    """
+    family, kind = material or (None, rng.choice(TEXTURES))
+    hues, saturation = (HUES[family], SATURATION) if family else ((0, 360), GREY)
     while True:
-        colour = rng.uniform(30, 225, 3)
+        hsv = [
+            rng.uniform(*hues) % 360,
+            rng.uniform(*saturation),
+            rng.uniform(0.3, 0.95),
+        ]
+        colour = 255 * cv2.cvtColor(np.float32([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0]
         if avoid is None or np.linalg.norm(colour - avoid) >= MIN_CONTRAST:
             break
-    spread = rng.uniform(-1, 1, 3) * TEXTURE_STRENGTH
-    return (colour + spread * (2 * texture(rng, size) - 1)).astype(np.float32)
+    spread = rng.uniform(*TEXTURE_STRENGTH) * rng.uniform(0.7, 1.0, 3)
+    return (colour + spread * (2 * texture(rng, size, kind) - 1)).astype(np.float32)
 
 
 def fill(outlines, size):
@@ -186,7 +194,7 @@ def place(rng, outlines, centre, radius):
     return [radius * p @ turn(angle) @ squeeze + centre for p in outlines]
 
 
-def paint(rng, image, cover, light):
+def paint(rng, image, cover, light, material):
     """Paints a textured, shaded surface and its shadow onto the image in place.
 
     Args:
@@ -194,6 +202,7 @@ def paint(rng, image, cover, light):
         image: (S, S, 3) float32.
         cover: (S, S) float32, the share of each pixel that is covered.
         light: (2,) unit vector in the picture, towards the light.
+        material: family of colours and texture, or None.
     """
     size = len(image)
     mask = cover >= 0.5
@@ -210,7 +219,7 @@ def paint(rng, image, cover, light):
     slope_y, slope_x = np.gradient(height * 0.05 * size)
     facing = -(slope_x * light[0] + slope_y * light[1])
     shade = 1 + rng.uniform(0.2, 0.6) * facing[..., None]
-    surface = textured(rng, size, avoid) * shade
+    surface = surface_of(rng, size, material, avoid) * shade
     image += cover[..., None] * (surface - image)
 
 
@@ -271,7 +280,7 @@ def area_of(parts):
 def draw_scene(seed, split, number, size):
     """Draws one scene, which depends on the arguments alone."""
     rng = np.random.default_rng([seed, split, number])
-    image = textured(rng, size)
+    image = surface_of(rng, size, None)
     owner = np.full((size, size), -1)
     labels, crowd, needs = [], [], []
     angle = rng.uniform(0, 2 * np.pi)
@@ -295,8 +304,9 @@ def draw_scene(seed, split, number, size):
                 break
         else:
             continue
+        material = None if kind == 'rod' else MATERIALS[CLASSES[label - 1]]
         for cover in covers:
-            paint(rng, image, cover, light)
+            paint(rng, image, cover, light, material)
         owner[mask] = len(needs)
         labels.append(UNLABELLED if kind == 'rod' else label)
         crowd.append(kind == 'crowd')

@@ -171,7 +171,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--out', type=Path, default=Path('data/demo'))
-    parser.add_argument('--train', type=int, default=400, help='training scenes')
+    parser.add_argument('--train', type=int, default=800, help='training scenes')
     parser.add_argument('--val', type=int, default=60, help='validation scenes')
     parser.add_argument('--size', type=int, default=128, help='side in pixels')
     parser.add_argument('--seed', type=int, default=0)

@@ -128,8 +128,8 @@ def update_centroids(
         model (nn.Module): Any model that holds :class:`DynamicGroupAttention`.
         keep (float): Weight of the old centroid, tau in eq. 4.
         reseed (bool): Whether a group without queries splits a large one instead of
-            keeping its centroid: the r-th of them moves next to the mean of the r-th
-            largest group, on the side where it was.
+            keeping its centroid: the r-th of them moves next to the centroid of the
+            r-th largest group, on the side where it was.
 
     Returns:
         dict: Name of every DG-Attention layer to its (H, G) numbers of queries in
@@ -175,7 +175,8 @@ def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
         Tensor: (H, G, D).
     """
     empty = counts == 0
-    rank = (empty.cumsum(1) - 1).clamp(min=0)  # among the empty groups of the head
+    # Place among the empty groups of the head, round and round the others.
+    rank = (empty.cumsum(1) - 1).clamp(min=0) % (~empty).sum(1, keepdim=True)
     by_size = counts.argsort(dim=1, descending=True, stable=True)
     largest = by_size.gather(1, rank)[..., None].expand_as(centroids)
     split = F.normalize(centroids.gather(1, largest) + NUDGE * centroids, dim=-1)
