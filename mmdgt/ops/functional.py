@@ -185,7 +185,7 @@ def dynamic_group_attention(
 def _attend(query, key, value, group, index, scale) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     run = _kernel('group_attention', query, index.shape[2])
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query):
         rows = map(_row_major, (query, key, value))
         return run(*rows, group.int(), index.int(), scale)[0]
 
@@ -194,8 +194,16 @@ def _choose(name: str, tokens: Tensor, centroids: Tensor, *args) -> Any:
     """Run an operator that returns integers, which carry no gradient."""
     tokens, centroids = tokens.detach(), centroids.detach().float().contiguous()
     run = _kernel(name, tokens, centroids.shape[1])
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _without_autocast(tokens):
         return run(_row_major(tokens), centroids, *args)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Half precision inside the reference would cost it its float32 sums."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
@@ -215,6 +223,8 @@ def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
 def _unsupported(tokens: Tensor, num_groups: int) -> str | None:
     """Why the compiled kernels do not serve these inputs, if they do not."""
     device, D = tokens.device.type, tokens.shape[-1]
+    if device == 'meta':  # Shapes alone, which the operator knows.
+        return None
     if not _has_kernel(device):
         return f'the extension was built without kernels for {device}'
     if tokens.dtype not in _FUSED_DTYPES[device]:

@@ -1,0 +1,167 @@
+"""The command-line tools as a user runs them."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+TINY = (
+    'model.backbone.num_keys=20',
+    'model.decode_head.channels=16',
+    'model.auxiliary_head.channels=16',
+    'train_dataloader.num_workers=0',
+    'val_dataloader.num_workers=0',
+    'test_dataloader.num_workers=0',
+)
+CENTROIDS = 'backbone.stages.0.blocks.0.attention.centroids'
+
+
+@pytest.fixture(scope='session')
+def trained(demo_data, run_tool, tmp_path_factory):
+    """Two iterations of the demo config on a few scenes, from an empty folder."""
+    folder = tmp_path_factory.mktemp('run')
+    args = (
+        f'data_root={demo_data}/ade20k',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=1',
+        'default_hooks.checkpoint.max_keep_ckpts=-1',
+        'train_dataloader.batch_size=2',
+        *TINY,
+    )
+    config = REPOSITORY / 'configs/upernet_dgt_t_demo.py'
+    command = (config, '--work-dir', folder / 'wd', '--cfg-options', *args)
+    run_tool('train.py', *command, cwd=folder)
+    return folder / 'wd', command
+
+
+def options(trained):
+    return trained[1][trained[1].index('--cfg-options') + 1 :]
+
+
+def test_train_leaves_a_checkpoint(trained):
+    work_dir, _ = trained
+    state = torch.load(work_dir / 'iter_2.pth', weights_only=True)['state_dict']
+    torch.testing.assert_close(state[CENTROIDS].norm(dim=-1), torch.ones(2, 48))
+
+
+def test_resume_goes_on_from_the_last_checkpoint(trained, run_tool, tmp_path):
+    """As after a kill: iteration 1 is the last that was saved."""
+    work_dir, command = trained
+    shutil.copy(work_dir / 'iter_1.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_1.pth'))
+    resumed = (command[0], '--resume', '--work-dir', tmp_path, *command[3:])
+    log = run_tool('train.py', *resumed)
+    assert 'resumed epoch: 0, iter: 1' in log.stdout + log.stderr
+    assert (tmp_path / 'iter_2.pth').is_file()
+
+
+@pytest.mark.parametrize('tta', [False, True])
+def test_test_evaluates_and_draws(trained, demo_data, run_tool, tmp_path, tta):
+    work_dir, command = trained
+    run_tool(
+        'test.py',
+        command[0],
+        work_dir / 'iter_2.pth',
+        '--work-dir',
+        tmp_path,
+        '--show-dir',
+        tmp_path / 'show',
+        '--out',
+        tmp_path / 'maps',
+        *['--tta'] * tta,
+        '--cfg-options',
+        *options(trained),
+    )
+    metrics = json.loads(
+        (tmp_path / ('metrics_tta.json' if tta else 'metrics.json')).read_text()
+    )
+    assert 0 <= metrics['mIoU'] <= 100
+    assert len(list((tmp_path / 'show').rglob('*.png'))) == 2
+    labels = sorted((tmp_path / 'maps').glob('*.png'))
+    truth = sorted((demo_data / 'ade20k/annotations/validation').glob('*.png'))
+    assert [path.name for path in labels] == [path.name for path in truth]
+
+    # The metric again, from the files.
+    intersection, union = np.zeros(8), np.zeros(8)
+    for ours, true in zip(labels, truth, strict=True):
+        ours, true = (cv2.imread(str(path), 0) for path in (ours, true))
+        for label in range(1, 8):
+            one, other = (ours == label) & (true > 0), true == label
+            intersection[label] += (one & other).sum()
+            union[label] += (one | other).sum()
+    iou = 100 * intersection[1:] / np.where(union[1:], union[1:], np.nan)
+    assert metrics['mIoU'] == pytest.approx(np.nanmean(iou), abs=0.01)
+
+
+def test_real_ade20k_pictures(ade20k_sample, repository, run_tool, tmp_path):
+    """The unchanged config: data_root, iterations and workers apart."""
+    for kind in ('images', 'annotations'):
+        (tmp_path / 'ade' / kind).mkdir(parents=True)
+        for split in ('training', 'validation'):
+            (tmp_path / 'ade' / kind / split).symlink_to(
+                (ade20k_sample / kind / 'validation').resolve()
+            )
+    config = repository / 'configs/upernet_dgt_t_ade20k.py'
+    overrides = (
+        f'data_root={tmp_path}/ade',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'train_dataloader.num_workers=0',
+        'val_dataloader.num_workers=0',
+        'test_dataloader.num_workers=0',
+    )
+    work_dir = tmp_path / 'wd'
+    run_tool('train.py', config, '--work-dir', work_dir, '--cfg-options', *overrides)
+    for tta in (False, True):
+        run_tool(
+            'test.py',
+            config,
+            work_dir / 'iter_2.pth',
+            '--work-dir',
+            work_dir,
+            '--show-dir',
+            tmp_path / f'show{tta:d}',
+            *['--tta'] * tta,
+            '--cfg-options',
+            *overrides,
+        )
+        assert len(list((tmp_path / f'show{tta:d}').rglob('*.png'))) == 3
+    for name in ('metrics.json', 'metrics_tta.json'):
+        assert 0 <= json.loads((work_dir / name).read_text())['mIoU'] <= 100
+
+
+def test_no_data(repository, run_tool, tmp_path):
+    config = repository / 'configs/upernet_dgt_t_ade20k.py'
+    result = run_tool('train.py', config, cwd=tmp_path, check=False)
+    assert result.returncode
+    assert 'expects data in data/ade/ADEChallengeData2016' in result.stderr
+    assert '--cfg-options data_root=DIR' in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_label_of_no_class(trained, demo_data, run_tool, tmp_path):
+    _, command = trained
+    data = tmp_path / 'data'
+    shutil.copytree(demo_data / 'ade20k', data)
+    for path in (data / 'annotations/training').iterdir():
+        labels = cv2.imread(str(path), 0)
+        labels[:9] = 8
+        cv2.imwrite(str(path), labels)
+    result = run_tool(
+        'train.py',
+        command[0],
+        '--work-dir',
+        tmp_path / 'wd',
+        '--cfg-options',
+        *options(trained),
+        f'data_root={data}',
+        check=False,
+    )
+    assert result.returncode
+    assert 'has label 7, expected 0 to 6' in result.stderr
+    assert 'annotations/training/' in result.stderr
