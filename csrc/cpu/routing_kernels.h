@@ -30,31 +30,25 @@ class Scorer {
     }
     centroids_ = scratch.take<float>(depth * width_);
     transpose<V>(rows, depth, centroids_, width_, width_, depth);
-    copies_ = scratch.take<float>(kScoredTokens * depth);
+    rows_ = scratch.take<float>(kScoredTokens * depth);
     scores_ = scratch.take<float>(kScoredTokens * width_);
   }
 
   // Scores tokens first, first + stride, .. (`count` of them).
   MMDGT_INLINE void score(int64_t first, int64_t stride, int64_t count) {
-    if (std::is_same_v<T, float> && count == kScoredTokens) {
-      rows_ = reinterpret_cast<const float*>(tokens_[first]);
-      step_ = stride * tokens_.step;
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        copy_row<V>(tokens_[first + i * stride], copies_ + i * head_dim_, head_dim_,
-                    head_dim_);
-      }
-      rows_ = copies_;
-      step_ = head_dim_;
+    // Copies even of float32: rows far apart would be waited for one by one.
+    for (int64_t i = 0; i < count; ++i) {
+      copy_row<V>(tokens_[first + i * stride], rows_ + i * head_dim_, head_dim_,
+                  head_dim_);
     }
-    product<V, Singles<V>>(Left<float>{rows_, step_, 1},
+    product<V, Singles<V>>(Left<float>{rows_, head_dim_, 1},
                            Right<float>{centroids_, width_},
                            round_up(count, V::kTileRows), head_dim_,
                            width_ / V::kWidth, StoreTile<V>{scores_, width_});
   }
 
   // Of the i-th token scored: its D numbers, and its score for every centroid.
-  const float* row(int64_t i) const { return rows_ + i * step_; }
+  const float* row(int64_t i) const { return rows_ + i * head_dim_; }
   const float* scores(int64_t i) const { return scores_ + i * width_; }
   int64_t width() const { return width_; }
 
@@ -65,9 +59,7 @@ class Scorer {
 
   Rows<const T> tokens_;
   int64_t head_dim_, width_;
-  float *centroids_, *copies_, *scores_;  // (D, width), (tokens, D), (tokens, width)
-  const float* rows_ = nullptr;
-  int64_t step_ = 0;
+  float *centroids_, *rows_, *scores_;  // (D, width), (tokens, D), (tokens, width)
 };
 
 // The index of the first maximum; NaN counts as the largest, as in torch.argmax.
@@ -81,10 +73,15 @@ MMDGT_INLINE int32_t first_maximum(const float* scores, int64_t width) {
     best = V::max(best, now);
   }
   const auto maximum = V::broadcast(V::largest(best));
-  for (int64_t g = 0; g < width; g += V::kWidth) {
-    const auto now = V::load(scores + g);
-    const uint32_t found = nan ? V::unordered(now, now) : V::equal(now, maximum);
-    if (found) return static_cast<int32_t>(g + __builtin_ctz(found));
+  // Which vector holds it is hard to predict: look at 64 lanes before branching.
+  for (int64_t base = 0; base < width; base += 64) {
+    uint64_t found = 0;
+    for (int64_t g = base; g < std::min(base + 64, width); g += V::kWidth) {
+      const auto now = V::load(scores + g);
+      const uint64_t here = nan ? V::unordered(now, now) : V::equal(now, maximum);
+      found |= here << (g - base);
+    }
+    if (found) return static_cast<int32_t>(base + __builtin_ctzll(found));
   }
   return 0;
 }
