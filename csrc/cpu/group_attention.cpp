@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../dynamic_group_attention.h"
@@ -142,32 +143,58 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
   return {out, logsumexp};
 }
 
-// Gradients of the keys and values of a slice's groups, gathered, in the order of
-// the tasks: (tasks, 2, K, padded D).
+// The gradients of one task's keys and values, gathered: (2, K, padded D).
 template <class T>
-class GatheredGradients {
+struct Gathered {
+  Gathered(int64_t tasks, int64_t num_keys, int64_t head_dim)
+      : size(num_keys * padded_head_dim(head_dim)), data(tasks * 2 * size) {}
+
+  void clear() { std::fill(data.begin(), data.end(), T(0)); }
+  T* key(int64_t task) { return data.data() + 2 * task * size; }
+  T* value(int64_t task) { return key(task) + size; }
+
+  int64_t size;
+  std::vector<T> data;
+};
+
+// Adds up gathered gradients for the tokens of a slice: in place if the tensor's
+// type is precise enough.
+template <class T>
+class Total {
  public:
-  GatheredGradients(int64_t num_keys, int64_t head_dim)
-      : num_keys_(num_keys),
-        head_dim_(head_dim),
-        size_(num_keys * padded_head_dim(head_dim)) {}
+  using Sum = accumulate_t<T>;
 
-  void resize(int64_t tasks) { data_.assign(tasks * 2 * size_, 0); }
-  T* key(int64_t task) { return data_.data() + 2 * task * size_; }
-  T* value(int64_t task) { return key(task) + size_; }
+  Total(Rows<T> to, int64_t tokens, int64_t head_dim)
+      : to_(to), tokens_(tokens), head_dim_(head_dim) {
+    if constexpr (std::is_same_v<T, Sum>) {
+      total_ = to;
+      for (int64_t l = 0; l < tokens; ++l) std::fill_n(to[l], head_dim, T(0));
+    } else {
+      buffer_.resize(tokens * head_dim);
+      total_ = {buffer_.data(), head_dim};
+    }
+  }
 
-  // Adds rows (K, padded D) to the rows (L, D) of the tokens they belong to.
-  void scatter(const T* from, const int32_t* index, T* to) const {
-    const int64_t step = padded_head_dim(head_dim_);
-    for (int64_t i = 0; i < num_keys_; ++i) {
-      T* row = to + index[i] * head_dim_;
-      for (int64_t d = 0; d < head_dim_; ++d) row[d] += from[i * step + d];
+  // rows (K, padded D), index (K).
+  void add(const Sum* rows, const int32_t* index, int64_t num_keys) {
+    for (int64_t i = 0; i < num_keys; ++i) {
+      Sum* total = total_[index[i]];
+      for (int64_t d = 0; d < head_dim_; ++d) total[d] += rows[d];
+      rows += padded_head_dim(head_dim_);
+    }
+  }
+
+  void finish() const {
+    if constexpr (!std::is_same_v<T, Sum>) {
+      kernels<T>().store(buffer_.data(), to_, tokens_, head_dim_);
     }
   }
 
  private:
-  int64_t num_keys_, head_dim_, size_;
-  std::vector<T> data_;
+  Rows<T> to_;
+  int64_t tokens_, head_dim_;
+  Rows<Sum> total_;
+  std::vector<Sum> buffer_;
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
@@ -207,22 +234,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
           const Task& task = plan.tasks[i];
           return chosen + (task.slice * index.size(2) + task.group) * num_keys;
         };
-        const auto finish = [&](const std::vector<sum_t>& from, Rows<scalar_t> to) {
-          kernels<scalar_t>().store(from.data(), to, tokens, head_dim);
-        };
-
         if (slices >= at::get_num_threads()) {
           parallel_tasks(slices, [&](int64_t slice, Scratch& scratch) {
-            GatheredGradients<sum_t> part(num_keys, head_dim);
-            std::vector<sum_t> whole_key(tokens * head_dim, 0), whole_value = whole_key;
+            Gathered<sum_t> part(1, num_keys, head_dim);
+            Total<scalar_t> total_key(grad_keys[slice], tokens, head_dim);
+            Total<scalar_t> total_value(grad_values[slice], tokens, head_dim);
             for (int64_t i = plan.begin[slice]; i < plan.begin[slice + 1]; ++i) {
-              part.resize(1);
+              part.clear();
               run(i, part.key(0), part.value(0), scratch);
-              part.scatter(part.key(0), index_of(i), whole_key.data());
-              part.scatter(part.value(0), index_of(i), whole_value.data());
+              total_key.add(part.key(0), index_of(i), num_keys);
+              total_value.add(part.value(0), index_of(i), num_keys);
             }
-            finish(whole_key, grad_keys[slice]);
-            finish(whole_value, grad_values[slice]);
+            total_key.finish();
+            total_value.finish();
           });
           return;
         }
@@ -231,18 +255,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
         for (int64_t slice = 0; slice < slices; ++slice) {
           const int64_t first = plan.begin[slice];
           const int64_t count = plan.begin[slice + 1] - first;
-          GatheredGradients<sum_t> parts(num_keys, head_dim);
-          parts.resize(count);
+          Gathered<sum_t> parts(count, num_keys, head_dim);
           parallel_tasks(count, [&](int64_t i, Scratch& scratch) {
             run(first + i, parts.key(i), parts.value(i), scratch);
           });
           parallel_tasks(2, [&](int64_t which, Scratch&) {
-            std::vector<sum_t> whole(tokens * head_dim, 0);
+            Total<scalar_t> total((which ? grad_values : grad_keys)[slice], tokens,
+                                  head_dim);
             for (int64_t i = 0; i < count; ++i) {
-              parts.scatter(which ? parts.value(i) : parts.key(i),
-                            index_of(first + i), whole.data());
+              total.add(which ? parts.value(i) : parts.key(i), index_of(first + i),
+                        num_keys);
             }
-            finish(whole, which ? grad_values[slice] : grad_keys[slice]);
+            total.finish();
           });
         }
       });
