@@ -6,7 +6,9 @@ package installs without it and runs on its plain PyTorch operators.
 
 Environment: MMDGT_WITH_OPS=0 leaves the extension out; FORCE_CUDA=1 compiles
 the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
-for any PyTorch extension; MMDGT_SANITIZE=1 builds with ASan and UBSan.
+for any PyTorch extension; MMDGT_SANITIZE=1 builds with ASan and UBSan, to be
+tested under LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc
+-print-file-name=libstdc++.so)" and ASAN_OPTIONS=detect_leaks=0.
 """
 
 import importlib.util

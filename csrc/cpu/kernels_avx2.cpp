@@ -1,17 +1,7 @@
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-#include <limits>
-#include <vector>
-
-#include "../common/score_order.h"
-#include "kernels_for.h"
-#include "simd_portable.h"
+// Kernels for AVX2 with FMA and F16C.
+#include "kernel_includes.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 MMDGT_TARGET_BEGIN("avx2,fma,f16c")
 #include "simd_avx2.h"
 #include "product.h"
@@ -23,8 +13,9 @@ namespace mmdgt {
 
 template <class T>
 Kernels<T> avx2_kernels() {
-  return {assign<Avx2, T>, select<Avx2, T>, attend<Avx2, SinglesLayout<Avx2, T>, T>,
-          attend_backward<Avx2, T>, store_rows<Avx2, T>};
+  using V = Avx2;
+  return {assign<V, T>, select<V, T>, attend<V, SinglesLayout<V, T>, T>,
+          attend_backward<V, T>, store_rows<V, T>};
 }
 
 template Kernels<float> avx2_kernels();

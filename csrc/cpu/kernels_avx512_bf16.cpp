@@ -1,17 +1,7 @@
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-#include <limits>
-#include <vector>
-
-#include "../common/score_order.h"
-#include "kernels_for.h"
-#include "simd_portable.h"
+// Kernels for bfloat16 on AVX-512 with BF16.
+#include "kernel_includes.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "simd_avx512.h"
 #include "product.h"

@@ -1,15 +1,6 @@
 // Kernels for any machine; those for float64 everywhere.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include "kernel_includes.h"
 
-#include <algorithm>
-#include <limits>
-#include <vector>
-
-#include "../common/score_order.h"
-#include "kernels_for.h"
-#include "simd_portable.h"
-// Not compiled for a particular target:
 #include "product.h"
 #include "routing_kernels.h"
 #include "attention_kernels.h"
