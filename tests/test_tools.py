@@ -1,6 +1,7 @@
 """The command-line tools as a user runs them."""
 
 import json
+import pickle
 import shutil
 
 import cv2
@@ -165,3 +166,41 @@ def test_label_of_no_class(trained, demo_data, run_tool, tmp_path):
     assert result.returncode
     assert 'has label 7, expected 0 to 6' in result.stderr
     assert 'annotations/training/' in result.stderr
+
+
+def test_classification(repository, run_tool, tmp_path):
+    """ImageNet's folders, 1000 classes of one picture each, a few of them used."""
+    picture = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    for split in ('train', 'val'):
+        for number in range(1000):
+            folder = tmp_path / 'imagenet' / split / f'n{number:08}'
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / 'picture.jpg'), picture)
+    loaders = [
+        f'{split}_dataloader.{setting}'
+        for split in ('train', 'val', 'test')
+        for setting in ('batch_size=2', 'num_workers=0', 'dataset.indices=2')
+    ]
+    config = repository / 'configs/dgt_t_in1k.py'
+    overrides = ('--cfg-options', f'data_root={tmp_path}/imagenet', *loaders)
+    work_dir = tmp_path / 'wd'
+    run_tool(
+        'train.py', config, '--work-dir', work_dir, *overrides, 'train_cfg.max_epochs=1'
+    )
+    for tta in ([], ['--tta']):
+        out = tmp_path / 'predictions.pkl'
+        checkpoint = work_dir / 'epoch_1.pth'
+        run_tool(
+            'test.py',
+            config,
+            checkpoint,
+            *tta,
+            '--out',
+            out,
+            '--work-dir',
+            work_dir,
+            *overrides,
+        )
+        assert len(pickle.loads(out.read_bytes())) == 2
+    metrics = json.loads((work_dir / 'metrics.json').read_text())
+    assert set(metrics) == {'accuracy/top1', 'accuracy/top5'}
