@@ -53,9 +53,9 @@ def instances(data, split):
 
 def test_meta_names_a_colour_for_every_class(data):
     meta = json.loads((data / 'meta.json').read_text())
-    assert len(meta['classes']) == len(set(meta['classes'])) == 9
+    assert len(meta['classes']) == len(set(meta['classes'])) == 7
     assert meta['classes'][0] == 'background'
-    assert len({tuple(colour) for colour in meta['palette']}) == 9
+    assert len({tuple(colour) for colour in meta['palette']}) == 7
     assert (meta['train'], meta['val'], meta['size']) == (TRAIN, VAL, SIZE)
     for split in ('train', 'val'):
         categories = instances(data, split)['categories']
@@ -81,7 +81,7 @@ def test_both_layouts_show_the_same_pictures(data, coco, ade, count):
 @pytest.mark.parametrize(('coco', 'ade', 'count'), SPLITS)
 def test_every_class_occurs_and_little_is_unlabelled(data, coco, ade, count):
     pixels = np.bincount(np.stack([*label_maps(data, ade).values()]).ravel())
-    assert len(pixels) == 10 and pixels.min() > 0
+    assert len(pixels) == 8 and pixels.min() > 0
     share = pixels / pixels.sum()
     assert 0.001 < share[0] < 0.04
     assert 0.5 < share[1] < 0.85
@@ -152,7 +152,7 @@ def test_segmentation_of_a_pixel_and_of_everything():
     np.testing.assert_array_equal(outlined(pixel), pixel)
 
 
-def test_colour_does_not_give_the_class(data):
+def test_colour_alone_does_not_give_the_class(data):
     def mean_colours(coco, ade):
         labels = label_maps(data, ade)
         colours, classes = [], []
@@ -164,10 +164,11 @@ def test_colour_does_not_give_the_class(data):
         return np.array(colours), np.array(classes)
 
     colours, classes = mean_colours('train', 'training')
-    centroids = np.stack([colours[classes == c].mean(0) for c in range(2, 10)])
+    centroids = np.stack([colours[classes == c].mean(0) for c in range(2, 8)])
     colours, classes = mean_colours('val', 'validation')
     distances = np.linalg.norm(colours[:, None] - centroids, axis=-1)
-    assert np.mean(distances.argmin(1) + 2 == classes) < 0.3  # chance is 0.125
+    # Two classes share a family of colours: knowing it leaves one guess in two.
+    assert 0.25 < np.mean(distances.argmin(1) + 2 == classes) < 0.6
 
 
 def test_same_seed_same_bytes(data, tmp_path):

@@ -93,7 +93,8 @@ def write_split(root, split, count, seed, size):
         for label, crowd, mask in scene.objects():
             identity = len(annotations) + 1
             annotations.append(coco_annotation(identity, image_id, label, crowd, mask))
-        print(f'\r{ade_name}: {number + 1}/{count} scenes', end='', flush=True)
+        if (number + 1) % 20 == 0 or number + 1 == count:
+            print(f'\r{ade_name}: {number + 1}/{count} scenes', end='', flush=True)
     print()
     shapes = list(enumerate(CLASSES, 1))[1:]
     categories = [dict(id=label, name=name) for label, name in shapes]
