@@ -39,36 +39,33 @@ __device__ __forceinline__ void reduce_columns(float (&best)[kAll],
 // query (B,H,L,D), centroids (H,G,D) -> group (B,H,L). A block serves `chunk`
 // tokens of one head of one image.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
     assign_kernel(Rows<const T> query, const float* __restrict__ centroids,
-                  int* __restrict__ group, int64_t num_tokens, int num_groups,
-                  int dim, int chunk, int chunks) {
+                  int* __restrict__ group, int num_tokens, int num_groups, int dim,
+                  int chunk) {
   constexpr int N = kTokenTiles<T, D>;
   extern __shared__ __align__(16) char shared[];
   __shared__ int nan_group;  // the first centroid with a NaN, which beats all
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
-  const int bh = blockIdx.x / chunks;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % chunks) * chunk;
-  const int64_t end = min(begin + chunk, num_tokens);
-  const float* own = centroids +
-                     static_cast<int64_t>(bh % query.heads) * num_groups * dim;
+  const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
+  const T* head = query.head();
   const int tiles = (num_groups + 15) / 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
+  RowFragment<T, D> tokens[N];
+  const auto load = [&](int first) {
+    load_tokens(tokens, head, query.token_stride, dim,
+                [&](int i) { return first + i < end ? first + i : -1; });
+  };
+  load(begin + warp * 8 * N);
   if (threadIdx.x == 0) nan_group = num_groups;
-  operands.fill(own, 0, tiles, num_groups, dim);
   __syncthreads();
-  for (int i = threadIdx.x; i < num_groups * dim; i += kThreads) {
-    if (isnan(own[i])) atomicMin(&nan_group, i / dim);
-  }
+  operands.fill(centroids + blockIdx.y * num_groups * dim, 0, tiles, num_groups, dim,
+                &nan_group);
   __syncthreads();
 
-  for (int64_t first = begin + warp * 8 * N; first < end;
-       first += kWarps * 8 * N) {
-    RowFragment<T, D> tokens[N];
-    load_tokens(tokens, query.head(bh), query.token_stride, dim, [&](int i) {
-      return first + i < end ? first + i : int64_t{-1};
-    });
+  group += own_head() * num_tokens;
+  for (int first = begin + warp * 8 * N; first < end; first += kWarps * 8 * N) {
     float best[2 * N];
     int best_group[2 * N];
 #pragma unroll
@@ -92,6 +89,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    load(first + kWarps * 8 * N);  // arrives during the reductions
     int column = 0;
     reduce_columns<16, 2 * N>(best, best_group, column);
     reduce_columns<8, (2 * N > 2 ? N : 1)>(best, best_group, column);
@@ -99,10 +97,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < (2 * N > 8 ? N / 4 : 1); ++i) {
       const int c = column + i;
-      const int64_t token = first + 8 * (c / 2) + 2 * (lane % 4) + c % 2;
+      const int token = first + 8 * (c / 2) + 2 * (lane % 4) + c % 2;
       if (token < end) {
-        group[bh * num_tokens + token] =
-            nan_group < num_groups ? nan_group : best_group[i];
+        group[token] = nan_group < num_groups ? nan_group : best_group[i];
       }
     }
   }
@@ -112,19 +109,16 @@ __global__ void __launch_bounds__(kThreads)
 // P parts of the tokens of all images. A warp adds up in its own shared memory,
 // 32 elements of D wide, so that the order of summation is fixed.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sum_kernel(Rows<const T> query, const int* __restrict__ group,
                float* __restrict__ sums, int* __restrict__ counts, int batch,
-               int64_t num_tokens, int num_groups, int dim, int parts) {
+               int num_tokens, int num_groups, int dim, int parts) {
   extern __shared__ __align__(16) char shared[];
   const int warps = blockDim.x / 32;
-  float* all_sums = reinterpret_cast<float*>(shared);  // [warp][G][32]
-  int* all_counts =
-      reinterpret_cast<int*>(all_sums + warps * num_groups * 32);  // [G]
-  const int slices = (dim + 31) / 32;
-  const int slice = blockIdx.x % slices;
-  const int head = blockIdx.x / slices % query.heads;
-  const int part = blockIdx.x / slices / query.heads;
+  auto* all_sums = reinterpret_cast<float*>(shared);  // [warp][G][32]
+  auto* all_counts = reinterpret_cast<int*>(all_sums + warps * num_groups * 32);
+  const int slice = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int head = blockIdx.y, heads = gridDim.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = 32 * slice + lane;
 
@@ -135,18 +129,20 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   float* own = all_sums + warp * num_groups * 32 + lane;
-  const int64_t runs = (num_tokens + 31) / 32;  // of 32 tokens, in an image
-  for (int64_t run = static_cast<int64_t>(part) * warps + warp;
-       run < batch * runs; run += static_cast<int64_t>(parts) * warps) {
-    const int bh = static_cast<int>(run / runs) * query.heads + head;
-    const int64_t first = run % runs * 32;
-    const int count = static_cast<int>(min(num_tokens - first, int64_t{32}));
-    const T* rows = query.row(bh, first);
+  const int runs = (num_tokens + 31) / 32;  // of 32 tokens, in an image
+  int b = 0, run = part * warps + warp;
+  while (true) {
+    for (; run >= runs && b < batch; ++b) run -= runs;
+    if (b >= batch) break;
+    const int first = 32 * run;
+    const int count = min(num_tokens - first, 32);
+    const T* rows = query.row(query.head(b, head), first);
     int own_group = 0;
     float own_factor = 0.f;  // 1 / max(|q|, 1e-12) of this lane's token
     if (lane < count) {
-      own_group = group[bh * num_tokens + first + lane];
-      const T* row = rows + lane * query.token_stride;
+      own_group =
+          group[(static_cast<int64_t>(b) * heads + head) * num_tokens + first + lane];
+      const T* row = rows + static_cast<int64_t>(lane) * query.token_stride;
       float square = 0.f;
 #pragma unroll
       for (int c = 0; c < D; c += 8) {
@@ -167,19 +163,24 @@ __global__ void __launch_bounds__(kThreads)
       if (isnan(square)) own_factor = square;  // fmaxf would hide it
       if (slice == 0) atomicAdd(&all_counts[own_group], 1);
     }
-#pragma unroll 8
-    for (int t = 0; t < 32; ++t) {
+    const T* element = rows + (column < dim ? column : 0);
+    const auto add = [&](int t) {
       const int g = __shfl_sync(~0u, own_group, t);
       const float factor = __shfl_sync(~0u, own_factor, t);
-      if (t < count && column < dim) {
-        const float x = to_float(rows[t * query.token_stride + column]);
-        own[g * 32] += x * factor;
-      }
+      own[g * 32] += to_float(__ldg(element)) * factor;
+      element += query.token_stride;
+    };
+    if (count == 32) {
+#pragma unroll 16
+      for (int t = 0; t < 32; ++t) add(t);
+    } else {
+      for (int t = 0; t < count; ++t) add(t);
     }
+    run += parts * warps;
   }
   __syncthreads();
 
-  const int64_t out = (static_cast<int64_t>(part) * query.heads + head) * num_groups;
+  const int64_t out = (static_cast<int64_t>(part) * heads + head) * num_groups;
   for (int i = threadIdx.x; i < num_groups * 32; i += blockDim.x) {
     float sum = 0.f;
     for (int w = 0; w < warps; ++w) sum += all_sums[w * num_groups * 32 + i];
@@ -209,35 +210,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
   if (group.numel() == 0) return {group, sums, counts};
 
   const at::Tensor rows = aligned_rows(query);
-  const int64_t processors =
-      at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   dispatch_tokens(rows, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
     const Rows<const T> q(rows);
-    // As many tokens a block as leave every multiprocessor four blocks.
-    const int64_t step = kWarps * 8 * kTokenTiles<T, kWidth>;
-    const int64_t steps =
-        std::clamp<int64_t>(B * H * L / (step * processors * 4), 1, 8);
-    const int64_t chunks = ceil_div(L, step * steps);
-    launch(assign_kernel<T, kWidth>, B * H * chunks, kThreads,
-           CentroidOperands<T, kWidth>::bytes(G), q,
-           centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(), L,
-           static_cast<int>(G), static_cast<int>(D),
-           static_cast<int>(step * steps), static_cast<int>(chunks));
+    const int64_t chunk =
+        tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
+    launch(assign_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), rows),
+           kThreads, CentroidOperands<T, kWidth>::bytes(G), q,
+           centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(),
+           static_cast<int>(L), static_cast<int>(G), static_cast<int>(D),
+           static_cast<int>(chunk));
     if (!with_sums) return;
     const int64_t warps = std::clamp<int64_t>((64 << 10) / (G * 128), 1, kWarps);
     const int64_t slices = ceil_div(D, 32);
-    const int64_t parts =
-        std::clamp<int64_t>(4 * processors / (H * slices), 1,
-                            ceil_div(B * ceil_div(L, 32), warps));
+    const int64_t parts = std::clamp<int64_t>(
+        4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount /
+            (H * slices),
+        1, ceil_div(B * ceil_div(L, 32), warps));
     sums = at::empty({parts, H, G, D}, floats);
     counts = at::empty({parts, H, G}, ints);
-    launch(sum_kernel<T, kWidth>, parts * H * slices,
+    launch(sum_kernel<T, kWidth>,
+           dim3(static_cast<unsigned>(parts * slices), static_cast<unsigned>(H)),
            static_cast<int>(32 * warps), warps * G * 128 + G * 4, q,
            group.const_data_ptr<int>(), sums.mutable_data_ptr<float>(),
-           counts.mutable_data_ptr<int>(), static_cast<int>(B), L,
-           static_cast<int>(G), static_cast<int>(D), static_cast<int>(parts));
+           counts.mutable_data_ptr<int>(), static_cast<int>(B),
+           static_cast<int>(L), static_cast<int>(G), static_cast<int>(D),
+           static_cast<int>(parts));
     sums = sums.sum(0);
     counts = counts.sum(0, false, at::kInt);
   });

@@ -33,11 +33,10 @@ struct OnlineSoftmax {
   float highest[2] = {-INFINITY, -INFINITY};  // of rows r and r + 8
   float sum[2] = {0.f, 0.f};  // of this lane's columns alone
 
-  // Adds the keys in rows [row, row + count) of `values` by their scores s, -inf
+  // Adds the keys in rows [row, row + kKeys) of `values` by their scores s, -inf
   // where a query does not see the key. Scores are multiplied by scale_log2 > 0.
   template <int kKeys>
-  __device__ __forceinline__ void add(float (&s)[kKeys / 8][4], int count,
-                                      float scale_log2,
+  __device__ __forceinline__ void add(float (&s)[kKeys / 8][4], float scale_log2,
                                       const SharedRows<T, D>& values, int row) {
     float lowered[2];
 #pragma unroll
@@ -60,23 +59,21 @@ struct OnlineSoftmax {
     }
 #pragma unroll
     for (int t = 0; t < kKeys / 16; ++t) {
-      if (16 * t < count) {
 #pragma unroll
-        for (int n = 2 * t; n < 2 * t + 2; ++n) {
+      for (int n = 2 * t; n < 2 * t + 2; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            s[n][i] = exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
-            sum[i / 2] += s[n][i];
-          }
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
+          sum[i / 2] += s[n][i];
         }
-        const FragmentA<T> p = as_operand<T>(s[2 * t], s[2 * t + 1]);
+      }
+      const FragmentA<T> p = as_operand<T>(s[2 * t], s[2 * t + 1]);
 #pragma unroll
-        for (int pair = 0; pair < D / 16; ++pair) {
-          FragmentB<T> v[2];
-          values.load_columns(row + 16 * t, pair, v);
-          mma(o[2 * pair], p, v[0]);
-          mma(o[2 * pair + 1], p, v[1]);
-        }
+      for (int pair = 0; pair < D / 16; ++pair) {
+        FragmentB<T> v[2];
+        values.load_columns(row + 16 * t, pair, v);
+        mma(o[2 * pair], p, v[0]);
+        mma(o[2 * pair + 1], p, v[1]);
       }
     }
   }
@@ -85,7 +82,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void store(int half, float scale_log2, int dim, T* row,
                                         float* logsumexp) const {
     const float total = quad_sum(sum[half]);
-    store_row<T, D>(o, half, 1.f / total, row, dim);
+    store_row<T, D>(o, half, __frcp_rn(total), row, dim);
     if (row != nullptr && threadIdx.x % 4 == 0) {
       *logsumexp = kLn2 * (highest[half] * scale_log2 + log2f(total));
     }
@@ -97,80 +94,86 @@ __device__ __forceinline__ float positive_scale_log2(float scale) {
   return fmaxf(fabsf(scale) * kLog2E, 1e-37f);
 }
 
-// Keys that a block holds in one of its two stages of shared memory.
-template <typename T, int D>
-constexpr int kStageKeys = D * sizeof(T) == 64    ? 112
-                           : D * sizeof(T) == 128 ? 64
-                           : D * sizeof(T) == 256 ? 48
-                                                  : 32;
+// The keys and values of one group on their way through two stages of shared
+// memory, kKeys at a time. Rows beyond the last key are zero. What a thread copies
+// next it looks up one stage ahead, so that no copy waits for its index.
+template <typename T, int D, int kThreads, int kKeys>
+struct KeyPipeline {
+  using Shared = SharedRows<T, D>;
+  static constexpr int kStageBytes = kKeys * D * sizeof(T);
 
-// Queries [begin, end) of the order by group, all of one group.
-struct QueryTile {
-  int group, begin, end;
+  char* shared;
+  const T* key;  // of the head
+  const T* value;
+  int key_stride, value_stride;
+  const int* index;  // of the group
+  int num_keys, num_tokens, dim;
+  RowGather<T, D, kThreads, kKeys> gather;
+
+  __device__ __forceinline__ char* stage_memory(int stage) const {
+    return shared + (stage % 2) * 2 * kStageBytes;
+  }
+  __device__ __forceinline__ Shared keys(int stage) const {
+    return Shared(stage_memory(stage));
+  }
+  __device__ __forceinline__ Shared values(int stage) const {
+    return Shared(stage_memory(stage) + kStageBytes);
+  }
+  __device__ __forceinline__ void look_up(int stage) {
+    gather.look_up(index + stage * kKeys, num_keys - stage * kKeys, num_tokens - 1);
+  }
+  __device__ __forceinline__ void copy(int stage) const {
+    gather.copy(stage_memory(stage), key, key_stride, dim);
+    gather.copy(stage_memory(stage) + kStageBytes, value, value_stride, dim);
+    commit_copies();
+  }
+
+  // Calls use(stage) for every stage once it has arrived, by all threads. The
+  // first one is under way, the second looked up.
+  template <typename Use>
+  __device__ __forceinline__ void run(Use&& use) {
+    const int last = (num_keys - 1) / kKeys;
+    for (int stage = 0; stage <= last; ++stage) {
+      if (stage < last) {
+        copy(stage + 1);
+        look_up(stage + 2);
+        wait_for_copies<1>();
+      } else {
+        wait_for_copies<0>();
+      }
+      __syncthreads();
+      use(stage);
+      __syncthreads();
+    }
+  }
 };
 
-// The groups of a head, cut into tiles of at most `size` queries, one after the
-// other: tile number `tile`, empty if there are not so many. For whole warps.
-__device__ __forceinline__ QueryTile find_tile(const int* offsets, int num_groups,
-                                               int tile, int size) {
-  const int lane = threadIdx.x % 32;
-  int before = 0;  // tiles of the groups before the current 32
-  for (int first = 0; first < num_groups; first += 32) {
-    int begin = 0, end = 0;
-    if (first + lane < num_groups) {
-      begin = offsets[first + lane];
-      end = offsets[first + lane + 1];
-    }
-    const int own = (end - begin + size - 1) / size;
-    int sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    const unsigned reached = __ballot_sync(~0u, before + sum > tile);
-    if (reached) {
-      const int source = __ffs(reached) - 1;
-      const int skipped = tile - before - __shfl_sync(~0u, sum - own, source);
-      begin = __shfl_sync(~0u, begin, source) + skipped * size;
-      end = min(__shfl_sync(~0u, end, source), begin + size);
-      return {first + source, begin, end};
-    }
-    before += __shfl_sync(~0u, sum, 31);
-  }
-  return {0, 0, 0};
-}
-
-// Warps of a block, 16 queries each: a group of average size fills one block, up to
-// 8 warps that share the gathered keys.
-inline int attention_warps(int64_t num_tokens, int64_t num_groups) {
-  const int64_t average = num_tokens / num_groups;
-  return average <= 16 ? 1 : average <= 32 ? 2 : average <= 96 ? 4 : 8;
-}
-
-// An upper bound of the tiles of a head, known without looking at the groups.
-inline int64_t max_tiles(int64_t num_tokens, int64_t num_groups, int64_t size) {
-  return num_tokens / size + num_groups;
-}
-
-// Starts to copy rows index[0..count) of keys and values of one head; `rows` is
-// count rounded up to whole tiles of 16, the rest of which becomes zero.
+// Warps of a block of 16 queries each: as many as fill with the queries of an average
+// group, up to 8 that share its keys.
 template <typename T, int D>
-__device__ __forceinline__ void gather_keys(
-    const SharedRows<T, D>& keys, const SharedRows<T, D>& values, const T* key,
-    const T* value, int64_t key_stride, int64_t value_stride,
-    const int* __restrict__ index, int count, int rows, int dim,
-    int64_t num_tokens) {
-  constexpr int kChunks = SharedRows<T, D>::kChunks;
-  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const bool valid =
-        row < count && chunk * SharedRows<T, D>::kChunkElements < dim;
-    const int64_t token = valid ? index[row] : 0;
-    CUDA_KERNEL_ASSERT(token >= 0 && token < num_tokens);
-    keys.copy_async(row, chunk, key + token * key_stride, valid);
-    values.copy_async(row, chunk, value + token * value_stride, valid);
+int block_warps(int64_t num_tokens, int64_t num_groups) {
+  const int64_t average = num_tokens / num_groups;
+  return D * sizeof(T) > 64 ? 4 : average <= 32 ? 2 : average <= 128 ? 4 : 8;
+}
+
+// Calls run(integral_constant<int, kWarps>, integral_constant<int, kKeys>): blocks of
+// `warps` and stages of as many keys as pad the K keys least.
+template <typename T, int D, typename Run>
+void dispatch_block(int warps, int64_t num_keys, Run&& run) {
+  const auto with_keys = [&](auto warps) {
+    if constexpr (D * sizeof(T) == 64) {
+      const bool wide = ceil_div(num_keys, 112) * 112 < ceil_div(num_keys, 80) * 80;
+      if (wide) return run(warps, std::integral_constant<int, 112>());
+      return run(warps, std::integral_constant<int, 80>());
+    } else {
+      run(warps, std::integral_constant<int, (D * sizeof(T) > 256 ? 32 : 48)>());
+    }
+  };
+  if constexpr (D * sizeof(T) == 64) {
+    if (warps == 2) return with_keys(std::integral_constant<int, 2>());
+    if (warps == 8) return with_keys(std::integral_constant<int, 8>());
   }
+  with_keys(std::integral_constant<int, 4>());
 }
 
 }  // namespace mmdgt

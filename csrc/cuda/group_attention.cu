@@ -8,50 +8,48 @@
 namespace mmdgt {
 namespace {
 
-// A block serves up to 16 queries per warp, all of one group. The keys and values
-// of the group pass through two stages of shared memory; the softmax is online.
-template <typename T, int D>
-__global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
+// A block serves up to 16 queries per warp, all of one group.
+template <typename T, int D, int kWarps, int kKeys>
+__global__ void __launch_bounds__(32 * kWarps,
+                                  D * sizeof(T) > 64 ? 1 : 16 / kWarps)
     attend_kernel(Rows<const T> query, Rows<const T> key, Rows<const T> value,
-                  const int* __restrict__ order, const int* __restrict__ offsets,
+                  const int* __restrict__ order, const int4* __restrict__ tiles,
                   const int* __restrict__ index, Rows<T> out,
-                  float* __restrict__ logsumexp, int64_t num_tokens,
-                  int num_groups, int num_keys, int dim, float scale, int tiles) {
-  constexpr int kKeys = kStageKeys<T, D>;
-  constexpr int kStageBytes = kKeys * D * sizeof(T);
+                  float* __restrict__ logsumexp, int num_tokens, int num_groups,
+                  int num_keys, int dim, float scale) {
   extern __shared__ __align__(128) char shared[];
-  const int bh = blockIdx.x / tiles;
-  const QueryTile tile =
-      find_tile(offsets + static_cast<int64_t>(bh) * (num_groups + 1), num_groups,
-                blockIdx.x % tiles, blockDim.x / 2);
-  if (tile.begin == tile.end) return;
-  index += (static_cast<int64_t>(bh) * num_groups + tile.group) * num_keys;
-
-  const auto stage_keys = [&](int stage) {
-    return SharedRows<T, D>(shared + (stage % 2) * 2 * kStageBytes);
-  };
-  const auto stage_values = [&](int stage) {
-    return SharedRows<T, D>(shared + ((stage % 2) * 2 + 1) * kStageBytes);
-  };
-  const auto gather = [&](int stage) {
-    const int first = stage * kKeys, count = min(num_keys - first, kKeys);
-    gather_keys(stage_keys(stage), stage_values(stage), key.head(bh),
-                value.head(bh), key.token_stride, value.token_stride,
-                index + first, count, (count + 15) / 16 * 16, dim, num_tokens);
-    commit_copies();
-  };
-  gather(0);
+  const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
+  if (begin == end) return;
+  order += own_head() * num_tokens;
+  logsumexp += own_head() * num_tokens;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool active = tile.begin + 16 * warp < tile.end;
+  const bool active = begin + 16 * warp < end;
   int token[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int place = begin + 16 * warp + 8 * half + lane / 4;
+    token[half] = place < end ? order[place] : -1;
+  }
+  KeyPipeline<T, D, 32 * kWarps, kKeys> pipeline{
+      shared,
+      key.head(),
+      value.head(),
+      key.token_stride,
+      value.token_stride,
+      index + (own_head() * num_groups + group) * num_keys,
+      num_keys,
+      num_tokens,
+      dim};
+  pipeline.look_up(0);
+  pipeline.copy(0);
+  pipeline.look_up(1);
+  const T* queries = query.head();
   RowFragment<T, D> q[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int place = tile.begin + 16 * warp + 8 * half + lane / 4;
-    token[half] = place < tile.end ? order[bh * num_tokens + place] : -1;
     if (token[half] >= 0) {
-      q[half].load(query.row(bh, token[half]), dim);
+      q[half].load(query.row(queries, token[half]), dim);
     } else {
       q[half].clear();
     }
@@ -61,48 +59,39 @@ __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
   const float scale_log2 = positive_scale_log2(scale);
 
   OnlineSoftmax<T, D> softmax;
-  const int stages = (num_keys + kKeys - 1) / kKeys;
-  for (int stage = 0; stage < stages; ++stage) {
-    if (stage + 1 < stages) {
-      gather(stage + 1);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
+  pipeline.run([&](int stage) {
+    if (!active) return;
+    const SharedRows<T, D> keys = pipeline.keys(stage);
+    float s[kKeys / 8][4];
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+      const RowFragment<T, D> k = keys.load_row(8 * n + lane / 4);
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) {
+        mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
+      }
     }
-    __syncthreads();
-    if (active) {
-      const SharedRows<T, D> keys = stage_keys(stage), values = stage_values(stage);
-      const int count = min(num_keys - stage * kKeys, kKeys);
-      float s[kKeys / 8][4];
+    const int count = num_keys - stage * kKeys;
+    if (count < kKeys) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
+        if (8 * n + 8 <= count) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-        if (8 * n < count) {
-          const RowFragment<T, D> k = keys.load_row(8 * n + lane / 4);
-#pragma unroll
-          for (int step = 0; step < D / 16; ++step) {
-            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-          }
-        }
-        if (8 * n + 8 > count) {  // columns without a key
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
-          }
+        for (int i = 0; i < 4; ++i) {  // columns without a key
+          if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
         }
       }
-      softmax.template add<kKeys>(s, count, scale_log2, values, 0);
     }
-    __syncthreads();
-  }
+    softmax.template add<kKeys>(s, scale_log2, pipeline.values(stage), 0);
+  });
   if (!active) return;
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* row = token[half] >= 0 ? out.row(bh, token[half]) : nullptr;
-    softmax.store(half, scale_log2, dim, row,
-                  logsumexp + bh * num_tokens + token[half]);
+    T* row = token[half] >= 0 ? out.row(out.head(), token[half]) : nullptr;
+    softmax.store(half, scale_log2, dim, row, logsumexp + token[half]);
   }
 }
 
@@ -110,8 +99,7 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {
   const c10::cuda::CUDAGuard guard(query.device());
-  const int64_t heads = query.size(0) * query.size(1), L = query.size(2);
-  const int64_t G = index.size(2), K = index.size(3);
+  const int64_t L = query.size(2), G = index.size(2), K = index.size(3);
   at::Tensor out = empty_heads_last(query);
   at::Tensor logsumexp =
       at::empty(group.sizes(), query.options().dtype(at::kFloat));
@@ -123,22 +111,24 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     masked_attention(q, k, v, group, index, scale, out, logsumexp);
     return {out, logsumexp};
   }
-  const SortedQueries sorted = sort_queries(group, G);
   dispatch_tokens(q, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
-    const int warps = attention_warps(L, G);
-    const int64_t tiles = max_tiles(L, G, 16 * warps);
-    const int stages = K > kStageKeys<T, kWidth> ? 2 : 1;
-    launch(attend_kernel<T, kWidth>, heads * tiles, 32 * warps,
-           stages * 2 * kStageKeys<T, kWidth> * kWidth * sizeof(T),
-           Rows<const T>(q), Rows<const T>(k), Rows<const T>(v),
-           sorted.order.const_data_ptr<int>(),
-           sorted.offsets.const_data_ptr<int>(), index.const_data_ptr<int>(),
-           Rows<T>(out), logsumexp.mutable_data_ptr<float>(), L,
-           static_cast<int>(G), static_cast<int>(K),
-           static_cast<int>(query.size(3)), static_cast<float>(scale),
-           static_cast<int>(tiles));
+    const int warps = block_warps<T, kWidth>(L, G);
+    const SortedQueries sorted = sort_queries(group, G, 16 * warps);
+    dispatch_block<T, kWidth>(warps, K, [&](auto block, auto stage) {
+      constexpr int kWarps = decltype(block)::value;
+      constexpr int kKeys = decltype(stage)::value;
+      launch(attend_kernel<T, kWidth, kWarps, kKeys>,
+             grid_of_heads(sorted.tiles.size(2), query), 32 * kWarps,
+             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), Rows<const T>(q),
+             Rows<const T>(k), Rows<const T>(v), sorted.order.const_data_ptr<int>(),
+             static_cast<const int4*>(sorted.tiles.const_data_ptr()),
+             index.const_data_ptr<int>(), Rows<T>(out),
+             logsumexp.mutable_data_ptr<float>(), static_cast<int>(L),
+             static_cast<int>(G), static_cast<int>(K),
+             static_cast<int>(query.size(3)), static_cast<float>(scale));
+    });
   });
   return {out, logsumexp};
 }

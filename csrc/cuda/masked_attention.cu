@@ -9,13 +9,13 @@ namespace {
 
 constexpr int kDim = 32;
 constexpr int kMaxTokens = 256;
-constexpr int kMaxWarps = 8;
-constexpr int kKeys = 64;  // scored at a time
+constexpr int kMaxWarps = 7;  // two tiles of 16 rows each at the 196 tokens of ImageNet
+
 
 // Copies the rows of one head to shared memory; rows up to `padded` become zero.
 template <typename T>
 __device__ __forceinline__ void copy_head(const SharedRows<T, kDim>& shared,
-                                          const T* head, int64_t token_stride,
+                                          const T* head, int token_stride,
                                           int num_tokens, int padded, int dim) {
   constexpr int kChunks = SharedRows<T, kDim>::kChunks;
   constexpr int kElements = SharedRows<T, kDim>::kChunkElements;
@@ -36,18 +36,30 @@ __device__ __forceinline__ void fill_masks(uint32_t* of_group, uint32_t* seen,
   const int words = (num_tokens + 31) / 32;
   for (int i = threadIdx.x; i < num_groups * words; i += blockDim.x) of_group[i] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < num_groups * num_keys; i += blockDim.x) {
-    const int token = index[i];
-    CUDA_KERNEL_ASSERT(token >= 0 && token < num_tokens);
-    atomicOr(&of_group[i / num_keys * words + token / 32], 1u << token % 32);
+  constexpr int kBatch = 8;  // loads under way at once
+  const int entries = num_groups * num_keys;
+  for (int i = threadIdx.x; i < entries; i += kBatch * blockDim.x) {
+    int token[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = i + j * blockDim.x;
+      token[j] = at < entries ? index[at] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = i + j * blockDim.x;
+      if (at >= entries) continue;
+      // A token out of range must not do harm.
+      const int own = min(max(token[j], 0), num_tokens - 1);
+      atomicOr(&of_group[at / num_keys * words + own / 32], 1u << own % 32);
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < padded * words; i += blockDim.x) {
     const int query = i / words;
     uint32_t bits = 0;
     if (query < num_tokens) {
-      const int g = group[query];
-      CUDA_KERNEL_ASSERT(g >= 0 && g < num_groups);
+      const int g = min(max(group[query], 0), num_groups - 1);
       bits = of_group[g * words + i % words];
     }
     seen[i] = bits;
@@ -55,20 +67,20 @@ __device__ __forceinline__ void fill_masks(uint32_t* of_group, uint32_t* seen,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+__global__ void __launch_bounds__(32 * kMaxWarps, 3)
     masked_kernel(Rows<const T> query, Rows<const T> key, Rows<const T> value,
                   const int* __restrict__ group, const int* __restrict__ index,
                   Rows<T> out, float* __restrict__ logsumexp, int num_tokens,
                   int num_groups, int num_keys, int dim, float scale) {
   extern __shared__ __align__(128) char shared[];
-  const int64_t bh = blockIdx.x;
+  const int64_t bh = own_head();
   const int padded = (num_tokens + 15) / 16 * 16, words = (num_tokens + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SharedRows<T, kDim> keys(shared);
   const SharedRows<T, kDim> values(shared + padded * kDim * sizeof(T));
   auto* seen = reinterpret_cast<uint32_t*>(shared + 2 * padded * kDim * sizeof(T));
-  copy_head(keys, key.head(bh), key.token_stride, num_tokens, padded, dim);
-  copy_head(values, value.head(bh), value.token_stride, num_tokens, padded, dim);
+  copy_head(keys, key.head(), key.token_stride, num_tokens, padded, dim);
+  copy_head(values, value.head(), value.token_stride, num_tokens, padded, dim);
   commit_copies();
   fill_masks(seen + padded * words, seen, group + bh * num_tokens,
              index + bh * num_groups * num_keys, num_tokens, padded, num_groups,
@@ -83,7 +95,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     for (int half = 0; half < 2; ++half) {
       const int token = first + 8 * half + lane / 4;
       if (token < num_tokens) {
-        q[half].load(query.row(bh, token), dim);
+        q[half].load(query.row(query.head(), token), dim);
       } else {
         q[half].clear();
       }
@@ -92,40 +104,44 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     }
     const uint32_t* own_seen = seen + (first + lane / 4) * words;
     OnlineSoftmax<T, kDim> softmax;
-    for (int from = 0; from < num_tokens; from += kKeys) {
-      const int count = min(num_tokens - from, kKeys);
+    // Scores kKeys keys from `from` on, a multiple of 16.
+    const auto attend = [&](int from, auto keys_at_once) {
+      constexpr int kKeys = decltype(keys_at_once)::value;
       float s[kKeys / 8][4];
 #pragma unroll
-      for (int block = 0; block < kKeys / 32; ++block) {
-        uint32_t bits[2] = {0, 0};  // of this lane's keys in both rows
-        if (32 * block < count) {
-          const int word = from / 32 + block;
-          bits[0] = own_seen[word] >> 2 * (lane % 4);
-          bits[1] = own_seen[8 * words + word] >> 2 * (lane % 4);
-        }
+      for (int t = 0; t < kKeys / 16; ++t) {
+        const int word = (from + 16 * t) / 32;
+        const int shift = (from + 16 * t) % 32 + 2 * (lane % 4);
+        const uint32_t bits[2] = {own_seen[word] >> shift,
+                                  own_seen[8 * words + word] >> shift};
 #pragma unroll
-        for (int n = 4 * block; n < 4 * block + 4; ++n) {
+        for (int n = 2 * t; n < 2 * t + 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-          if (8 * n < count) {
-            const RowFragment<T, kDim> k = keys.load_row(from + 8 * n + lane / 4);
+          const RowFragment<T, kDim> k = keys.load_row(from + 8 * n + lane / 4);
 #pragma unroll
-            for (int step = 0; step < kDim / 16; ++step) {
-              mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-            }
+          for (int step = 0; step < kDim / 16; ++step) {
+            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (!(bits[i / 2] >> (8 * (n % 4) + i % 2) & 1)) s[n][i] = -INFINITY;
+            if (!(bits[i / 2] >> (8 * (n % 2) + i % 2) & 1)) s[n][i] = -INFINITY;
           }
         }
       }
-      softmax.template add<kKeys>(s, count, scale_log2, values, from);
+      softmax.template add<kKeys>(s, scale_log2, values, from);
+    };
+    int from = 0;
+    for (; from + 64 <= padded; from += 64) {
+      attend(from, std::integral_constant<int, 64>());
+    }
+    for (; from < padded; from += 16) {
+      attend(from, std::integral_constant<int, 16>());
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first + 8 * half + lane / 4;
-      T* row = token < num_tokens ? out.row(bh, token) : nullptr;
+      T* row = token < num_tokens ? out.row(out.head(), token) : nullptr;
       softmax.store(half, scale_log2, dim, row, logsumexp + bh * num_tokens + token);
     }
   }
@@ -134,7 +150,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
 // First dQ, query by query, then dK and dV, key by key (see
 // group_attention_backward.cu for the equations).
 template <typename T>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+__global__ void __launch_bounds__(32 * kMaxWarps, 3)
     masked_backward_kernel(Rows<const T> grad_out, Rows<const T> query,
                            Rows<const T> key, Rows<const T> value,
                            Rows<const T> out, const int* __restrict__ group,
@@ -144,17 +160,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
                            int num_groups, int num_keys, int dim, float scale) {
   extern __shared__ __align__(128) char shared[];
   __shared__ float2 statistic[kMaxTokens];  // logsumexp * log2(e), delta
-  const int64_t bh = blockIdx.x;
+  const int64_t bh = own_head();
   const int padded = (num_tokens + 15) / 16 * 16, words = (num_tokens + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int bytes = padded * kDim * sizeof(T);
   const SharedRows<T, kDim> keys(shared), values(shared + bytes);
   const SharedRows<T, kDim> queries(shared + 2 * bytes), grads(shared + 3 * bytes);
   auto* seen = reinterpret_cast<uint32_t*>(shared + 4 * bytes);
-  copy_head(keys, key.head(bh), key.token_stride, num_tokens, padded, dim);
-  copy_head(values, value.head(bh), value.token_stride, num_tokens, padded, dim);
-  copy_head(queries, query.head(bh), query.token_stride, num_tokens, padded, dim);
-  copy_head(grads, grad_out.head(bh), grad_out.token_stride, num_tokens, padded,
+  copy_head(keys, key.head(), key.token_stride, num_tokens, padded, dim);
+  copy_head(values, value.head(), value.token_stride, num_tokens, padded, dim);
+  copy_head(queries, query.head(), query.token_stride, num_tokens, padded, dim);
+  copy_head(grads, grad_out.head(), grad_out.token_stride, num_tokens, padded,
             dim);
   commit_copies();
   fill_masks(seen + padded * words, seen, group + bh * num_tokens,
@@ -177,7 +193,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       lse_log2[half] = 0.f;
       delta[half] = 0.f;
       if (token < num_tokens) {
-        o.load(out.row(bh, token), dim);
+        o.load(out.row(out.head(), token), dim);
         lse_log2[half] = logsumexp[bh * num_tokens + token] * kLog2E;
       }
 #pragma unroll
@@ -223,7 +239,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first + 8 * half + lane / 4;
-      T* row = token < num_tokens ? grad_query.row(bh, token) : nullptr;
+      T* row = token < num_tokens ? grad_query.row(grad_query.head(), token) : nullptr;
       store_row<T, kDim>(d_query, half, scale, row, dim);
     }
   }
@@ -284,9 +300,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       const int token = first + 8 * half + lane / 4;
       const bool exists = token < num_tokens;
       store_row<T, kDim>(d_key, half, scale,
-                         exists ? grad_key.row(bh, token) : nullptr, dim);
+                         exists ? grad_key.row(grad_key.head(), token) : nullptr, dim);
       store_row<T, kDim>(d_value, half, 1.f,
-                         exists ? grad_value.row(bh, token) : nullptr, dim);
+                         exists ? grad_value.row(grad_value.head(), token) : nullptr, dim);
     }
   }
 }
@@ -326,7 +342,7 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
   const Shape shape(L, G, 2);
   dispatch_half(query, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(masked_kernel<T>, query.size(0) * query.size(1), 32 * shape.warps,
+    launch(masked_kernel<T>, grid_of_heads(1, query), 32 * shape.warps,
            shape.bytes, Rows<const T>(query), Rows<const T>(key),
            Rows<const T>(value), group.const_data_ptr<int>(),
            index.const_data_ptr<int>(), Rows<T>(out),
@@ -346,8 +362,8 @@ void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& que
   const Shape shape(L, G, 4);
   dispatch_half(query, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(masked_backward_kernel<T>, query.size(0) * query.size(1),
-           32 * shape.warps, shape.bytes, Rows<const T>(grad_out),
+    launch(masked_backward_kernel<T>, grid_of_heads(1, query), 32 * shape.warps,
+           shape.bytes, Rows<const T>(grad_out),
            Rows<const T>(query), Rows<const T>(key), Rows<const T>(value),
            Rows<const T>(out), group.const_data_ptr<int>(),
            index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),

@@ -8,26 +8,31 @@
 
 namespace mmdgt {
 
-// A (B,H,L,D) tensor of any strides but the last, which is 1. `row(bh, l)` is its
-// row of head bh % H of image bh / H.
+// Grids are (blocks of a head, H, B): this is the block's head among all B * H.
+__device__ __forceinline__ int64_t own_head() {
+  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+}
+
+// A (B,H,L,D) tensor of any strides but the last, which is 1.
 template <typename T>
 struct Rows {
   T* data;
-  int64_t batch_stride, head_stride, token_stride;
-  int heads;
+  int64_t batch_stride, head_stride;
+  int token_stride;
 
   explicit Rows(const at::Tensor& tokens)
       : data(static_cast<T*>(tokens.data_ptr())),
         batch_stride(tokens.stride(0)),
         head_stride(tokens.stride(1)),
-        token_stride(tokens.stride(2)),
-        heads(static_cast<int>(tokens.size(1))) {}
+        token_stride(static_cast<int>(tokens.stride(2))) {}
 
-  __device__ __forceinline__ T* head(int bh) const {
-    return data + (bh / heads) * batch_stride + (bh % heads) * head_stride;
+  __device__ __forceinline__ T* head(int b, int h) const {
+    return data + b * batch_stride + h * head_stride;
   }
-  __device__ __forceinline__ T* row(int bh, int64_t token) const {
-    return head(bh) + token * token_stride;
+  // The rows of the block's own head.
+  __device__ __forceinline__ T* head() const { return head(blockIdx.z, blockIdx.y); }
+  __device__ __forceinline__ T* row(T* head, int token) const {
+    return head + static_cast<int64_t>(token) * token_stride;
   }
 };
 
@@ -38,7 +43,7 @@ inline at::Tensor aligned_rows(const at::Tensor& tokens) {
   const bool aligned =
       reinterpret_cast<uintptr_t>(tokens.data_ptr()) % 16 == 0 &&
       tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
-      tokens.stride(2) % step == 0;
+      tokens.stride(2) % step == 0 && tokens.stride(2) < 1 << 29;
   return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -100,6 +105,14 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
            high.x[block][i + 1]}};
 }
 
+// Starts to copy 16 bytes, or zeros, to an address within shared memory.
+__device__ __forceinline__ void copy_chunk_async(uint32_t shared, const void* source,
+                                                 bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared),
+               "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
 // Rows in shared memory, their 16 byte chunks permuted such that neither reading
 // rows nor reading columns meets bank conflicts (D = 32).
 template <typename T, int D>
@@ -121,11 +134,8 @@ struct SharedRows {
   // Starts to copy 16 bytes of a row of device memory, or zeros.
   __device__ __forceinline__ void copy_async(int row, int chunk, const T* source,
                                              bool valid) const {
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
-                     address(row, chunk)),
-                 "l"(source + (valid ? chunk * kChunkElements : 0)), "r"(bytes)
-                 : "memory");
+    copy_chunk_async(address(row, chunk),
+                     source + (valid ? chunk * kChunkElements : 0), valid);
   }
 
   __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
@@ -183,6 +193,13 @@ struct SharedRows {
   }
 };
 
+__device__ __forceinline__ void copy_float_async(float* shared, const float* source,
+                                                 bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(source), "r"(valid ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -191,6 +208,50 @@ template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+
+// Copies kRows rows, named by a list of tokens, to shared memory. Looking up the
+// tokens is a step of its own, so that it can run ahead of the copies.
+template <typename T, int D, int kThreads, int kRows>
+struct RowGather {
+  using Shared = SharedRows<T, D>;
+  static constexpr int kChunks = Shared::kChunks;
+  static constexpr int kStep = kThreads / kChunks;  // rows at a time
+  static constexpr int kCopies = (kRows + kStep - 1) / kStep;
+
+  int token[kCopies];  // -1 for none
+
+  // tokens[0..count) of which none may exceed `last`, lest it do harm.
+  __device__ __forceinline__ void look_up(const int* tokens, int count, int last) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = threadIdx.x / kChunks + i * kStep;
+      token[i] = row < min(count, kRows) ? min(tokens[row], last) : -1;
+    }
+  }
+
+  // Rows without a token become zero.
+  __device__ __forceinline__ void copy(const void* shared, const T* head,
+                                       int token_stride, int dim) const {
+    const int chunk = threadIdx.x % kChunks;
+    const int first = threadIdx.x / kChunks;
+    const bool inside = chunk * Shared::kChunkElements < dim;
+    const char* source = reinterpret_cast<const char*>(head) + (inside ? chunk * 16 : 0);
+    const uint32_t stride = token_stride * sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if ((i + 1) * kStep > kRows && first + i * kStep >= kRows) break;
+      const uint32_t at = max(token[i], 0);
+      // Rows a multiple of 8 apart share their permutation.
+      const uint32_t target =
+          kStep % 8 == 0
+              ? Shared(shared).address(first, chunk) + i * kStep * Shared::kRowBytes
+              : Shared(shared).address(first + i * kStep, chunk);
+      copy_chunk_async(target,
+                       source + static_cast<uint64_t>(at) * stride,
+                       inside && token[i] >= 0);
+    }
+  }
+};
 
 // Transposes 4x4 words among the four lanes of a quad: word j of lane q becomes
 // word q of lane j.

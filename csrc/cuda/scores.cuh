@@ -16,7 +16,7 @@ constexpr int kTerms<bfloat16> = 3;
 
 // Tokens that a warp scores at a time, in tiles of 8.
 template <typename T, int D>
-constexpr int kTokenTiles = D == 32 ? 16 / sizeof(T) : (D == 64 ? 8 : 4) / sizeof(T);
+constexpr int kTokenTiles = (D <= 64 ? 8 : 4) / sizeof(T);
 
 // The centroids of one head as A operands, in the order in which threads read
 // them: [group tile of 16][step of 16 over D][term][lane].
@@ -41,9 +41,9 @@ struct CentroidOperands {
 
   // Fills the operands with groups [first, first + 16 * tiles) of centroids (G,D)
   // of one head, by all threads of the block. Groups that do not exist are NaN:
-  // no comparison lets them win.
+  // no comparison lets them win. Lowers *nan_group to the first one that does.
   __device__ void fill(const float* centroids, int first, int tiles,
-                       int num_groups, int dim) const {
+                       int num_groups, int dim, int* nan_group = nullptr) const {
     const int lanes = tiles * kSteps * 32;
     for (int i = threadIdx.x; i < lanes; i += blockDim.x) {
       const int lane = i % 32, step = i / 32 % kSteps, tile = i / 32 / kSteps;
@@ -60,6 +60,9 @@ struct CentroidOperands {
           rest[i] = group >= num_groups ? __int_as_float(0x7fc00000)
                     : column + i < dim  ? centroids[group * dim + column + i]
                                         : 0.f;
+          if (nan_group != nullptr && group < num_groups && isnan(rest[i])) {
+            atomicMin(nan_group, group);
+          }
         }
 #pragma unroll
         for (int term = 0; term < kTerms<T>; ++term) {
@@ -104,13 +107,13 @@ __device__ __forceinline__ void score_tokens(
 // token_at(i); negative ones are zero.
 template <typename T, int D, int N, typename TokenAt>
 __device__ __forceinline__ void load_tokens(RowFragment<T, D> (&tokens)[N],
-                                            const T* head, int64_t token_stride,
+                                            const T* head, int token_stride,
                                             int dim, TokenAt&& token_at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const int64_t token = token_at(8 * n + threadIdx.x % 32 / 4);
+    const int token = token_at(8 * n + threadIdx.x % 32 / 4);
     if (token >= 0) {
-      tokens[n].load(head + token * token_stride, dim);
+      tokens[n].load(head + static_cast<int64_t>(token) * token_stride, dim);
     } else {
       tokens[n].clear();
     }

@@ -25,51 +25,28 @@ struct Candidate {
   uint32_t token;
 };
 
-// The i-th of `samples` keys: spread evenly, but not in step with image rows.
-__device__ __forceinline__ int64_t sampled_token(int i, int samples,
-                                                 int64_t num_tokens) {
-  const int64_t begin = i * num_tokens / samples;
-  const int64_t end = (i + 1) * num_tokens / samples;
-  return begin + (i * 2654435761u >> 8) % static_cast<uint32_t>(end - begin);
+// The i-th of kSamples keys: spread evenly, but not in step with image rows.
+template <int kSamples>
+__device__ __forceinline__ int sampled_token(uint32_t i, uint32_t num_tokens) {
+  const uint32_t begin = static_cast<uint64_t>(i) * num_tokens / kSamples;
+  const uint32_t end = (i + uint64_t{1}) * num_tokens / kSamples;
+  return begin + __umulhi(i * 2654435761u, end - begin);
 }
 
-// A block serves kRows groups of one head: a warp each while the samples fit its
-// registers, else the block one after the other. Fills threshold (BH,G) and sets
-// the numbers of candidates, count (BH,G), to zero. Without samples everything
-// becomes a candidate.
-template <typename T, int D, int kSamples, int kRows>
-__global__ void __launch_bounds__(kThreads)
-    sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
-                  Threshold* __restrict__ threshold, int* __restrict__ count,
-                  int64_t num_tokens, int num_groups, int dim, int samples,
-                  int fewest, int most) {
+// Scores kColumns keys of one head, the i-th of which is token_at(i), by a tile of
+// groups into scores[kRows][kColumns + 8], padded against bank conflicts. By all
+// threads of the block, which has to wait before it reads them.
+template <typename T, int D, int kRows, int kColumns, typename TokenAt>
+__device__ __forceinline__ void score_rows(
+    const CentroidOperands<T, D>& operands, const T* head, int token_stride,
+    int dim, float* scores, TokenAt&& token_at) {
   constexpr int N = kTokenTiles<T, D>;
-  constexpr int kStride = kSamples + 8;  // against bank conflicts
-  extern __shared__ __align__(16) char shared[];
-  __shared__ uint32_t scratch[2][kWarps];
-  const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
-  float* scores = reinterpret_cast<float*>(
-      shared + CentroidOperands<T, D>::kTileBytes);  // [kRows][kStride]
-  const int blocks = (num_groups + kRows - 1) / kRows;
-  const int bh = blockIdx.x / blocks, first = blockIdx.x % blocks * kRows;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = static_cast<int64_t>(bh) * num_groups + first;
-  const int rows = min(num_groups - first, kRows);
-
-  if (threadIdx.x < rows) {
-    count[row + threadIdx.x] = 0;
-    if (samples == 0) threshold[row + threadIdx.x] = {0, 0};
-  }
-  if (samples == 0) return;
-  operands.fill(
-      centroids + static_cast<int64_t>(bh % key.heads) * num_groups * dim, first,
-      1, num_groups, dim);
-  __syncthreads();
-  for (int from = warp * 8 * N; from < kSamples; from += kWarps * 8 * N) {
+  const int lane = threadIdx.x % 32;
+  for (int from = threadIdx.x / 32 * 8 * N; from < kColumns;
+       from += blockDim.x / 4 * N) {
     RowFragment<T, D> tokens[N];
-    load_tokens(tokens, key.head(bh), key.token_stride, dim, [&](int i) {
-      return sampled_token(from + i, kSamples, num_tokens);
-    });
+    load_tokens(tokens, head, token_stride, dim,
+                [&](int i) { return token_at(from + i); });
     float score[N][4];
     score_tokens<T, D, N>(operands, 0, tokens, score);
 #pragma unroll
@@ -79,90 +56,183 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half) {
         const int r = lane / 4 + 8 * half;
         if (r < kRows) {
-          *reinterpret_cast<float2*>(scores + r * kStride + column) =
+          *reinterpret_cast<float2*>(scores + r * (kColumns + 8) + column) =
               make_float2(score[n][2 * half], score[n][2 * half + 1]);
         }
       }
     }
   }
+}
+
+// A block serves kRows groups of one head: half a warp or a warp each while the
+// samples fit its registers, else the block one after the other. Fills threshold (BH,G) and sets
+// the numbers of candidates, count (BH,G), to zero. Without samples everything
+// becomes a candidate.
+template <typename T, int D, int kSamples, int kRows>
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
+                  Threshold* __restrict__ threshold, int* __restrict__ count,
+                  int num_tokens, int num_groups, int dim, int samples, int fewest,
+                  int most) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ uint32_t scratch[2][kWarps];
+  const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
+  auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
+  const int first = blockIdx.x * kRows;
+  const int64_t row = own_head() * num_groups + first;
+  const int rows = min(num_groups - first, kRows);
+
+  if (threadIdx.x < rows) {
+    count[row + threadIdx.x] = 0;
+    if (samples == 0) threshold[row + threadIdx.x] = {0, 0};
+  }
+  if (samples == 0) return;
+  operands.fill(centroids + blockIdx.y * num_groups * dim, first, 1, num_groups, dim);
+  __syncthreads();
+  score_rows<T, D, kRows, kSamples>(
+      operands, key.head(), key.token_stride, dim, scores,
+      [&](int i) { return sampled_token<kSamples>(i, num_tokens); });
   __syncthreads();
 
-  constexpr int kGroup = kSamples <= 1024 ? 32 : kThreads;  // threads of a row
+  // Threads of a row: the fewer, the more rows share the cost of a step.
+  constexpr int kGroup = kSamples <= 512 ? 16 : kSamples == 1024 ? 32 : kThreads;
   constexpr int kPerThread = kSamples / kGroup;
-  BlockReducer<kGroup> reduce(
-      reinterpret_cast<uint32_t(*)[kGroup / 32]>(scratch));
+  TeamReducer<kGroup> reduce(
+      reinterpret_cast<uint32_t(*)[(kGroup + 31) / 32]>(scratch));
   const int own = threadIdx.x % kGroup;
   for (int r = threadIdx.x / kGroup; r < rows; r += kThreads / kGroup) {
     uint32_t bits[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      bits[i] = candidate_bits(scores[r * kStride + i * kGroup + own]);
+      bits[i] = candidate_bits(scores[r * (kSamples + 8) + i * kGroup + own]);
     }
     const Threshold found = find_threshold<kGroup>(
-        bits,
+        bits, kPerThread,
         [&](int i) {
           return static_cast<uint32_t>(
-              sampled_token(i * kGroup + own, kSamples, num_tokens));
+              sampled_token<kSamples>(i * kGroup + own, num_tokens));
         },
         fewest, most, static_cast<uint32_t>(num_tokens), reduce);
     if (own == 0) threshold[row + r] = found;
   }
 }
 
+// index (B,H,G,K) by token, at once for up to kTokens keys. A block serves 16 groups
+// of one head, a team of kTeam lanes one after the other.
+template <typename T, int D, int kTokens, int kTeam>
+__global__ void __launch_bounds__(kTeam * 16)
+    select_few_kernel(Rows<const T> key, const float* __restrict__ centroids,
+                      int* __restrict__ index, int num_tokens, int num_groups,
+                      int num_keys, int dim) {
+  constexpr int kRows = 16;
+  constexpr int kPerThread = kTokens / kTeam;
+  extern __shared__ __align__(16) char shared[];
+  const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
+  auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
+  const int first = blockIdx.x * kRows;
+  operands.fill(centroids + blockIdx.y * num_groups * dim, first, 1, num_groups, dim);
+  __syncthreads();
+  score_rows<T, D, kRows, kTokens>(
+      operands, key.head(), key.token_stride, dim, scores,
+      [&](int i) { return i < num_tokens ? i : -1; });
+  __syncthreads();
+
+  TeamReducer<kTeam> reduce(nullptr);
+  const int lane = threadIdx.x % kTeam, row = threadIdx.x / kTeam;
+  const int shift = threadIdx.x % 32 - lane;  // of the team within the warp
+  const bool exists = first + row < num_groups;
+  uint32_t bits[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int token = kTeam * i + lane;
+    bits[i] =
+        token < num_tokens ? candidate_bits(scores[row * (kTokens + 8) + token]) : 0;
+  }
+  const Threshold found = find_threshold<kTeam>(
+      bits, (num_tokens + kTeam - 1) / kTeam,
+      [&](int i) { return static_cast<uint32_t>(kTeam * i + lane); }, num_keys,
+      num_keys, static_cast<uint32_t>(num_tokens), reduce);
+  __syncwarp();
+  int* own = index + (own_head() * num_groups + first + row) * num_keys;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const bool take = exists && bits[i] != 0 && found.chooses(bits[i], kTeam * i + lane);
+    unsigned taken = __ballot_sync(~0u, take) >> shift;
+    if constexpr (kTeam < 32) taken &= (1u << kTeam) - 1;
+    if (take) own[__popc(taken & ((1u << lane) - 1))] = kTeam * i + lane;
+    own += __popc(taken);
+  }
+}
+
+// A predicated store; as a branch it would cost several times as much.
+__device__ __forceinline__ void store_candidate(Candidate* candidates, uint32_t place,
+                                                float score, uint32_t token,
+                                                bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n"
+      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(valid)),
+      "l"(candidates + place), "r"(__float_as_uint(score)), "r"(token)
+      : "memory");
+}
+
 // Candidates (BH,G,capacity) beyond the thresholds, in any order, and their number
 // count (BH,G), which may exceed the capacity. A block serves `chunk` keys of one
 // head.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
     collect_kernel(Rows<const T> key, const float* __restrict__ centroids,
                    const Threshold* __restrict__ threshold,
                    int* __restrict__ count, Candidate* __restrict__ candidates,
-                   int64_t num_tokens, int num_groups, int dim, int capacity,
-                   int chunk, int chunks) {
+                   int num_tokens, int num_groups, int dim, int capacity,
+                   int chunk) {
   constexpr int N = kTokenTiles<T, D>;
   extern __shared__ __align__(16) char shared[];
   __shared__ Threshold limits[256];  // of all groups
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
-  const int bh = blockIdx.x / chunks;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % chunks) * chunk;
-  const int64_t end = min(begin + chunk, num_tokens);
+  const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
   const int tiles = (num_groups + 15) / 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = static_cast<int64_t>(bh) * num_groups;
+  const int64_t row = own_head() * num_groups;
+  const T* head = key.head();
 
+  RowFragment<T, D> tokens[N];
+  const auto load = [&](int first) {
+    load_tokens(tokens, head, key.token_stride, dim,
+                [&](int i) { return first + i < end ? first + i : -1; });
+  };
+  load(begin + warp * 8 * N);
   bool tied = false;
   if (threadIdx.x < num_groups) {
     limits[threadIdx.x] = threshold[row + threadIdx.x];
     tied = limits[threadIdx.x].token_end != 0;
   }
   tied = __syncthreads_or(tied);
-  operands.fill(
-      centroids + static_cast<int64_t>(bh % key.heads) * num_groups * dim, 0,
-      tiles, num_groups, dim);
+  operands.fill(centroids + blockIdx.y * num_groups * dim, 0, tiles, num_groups, dim);
   __syncthreads();
 
-  for (int64_t first = begin + warp * 8 * N; first < end;
-       first += kWarps * 8 * N) {
-    RowFragment<T, D> tokens[N];
-    load_tokens(tokens, key.head(bh), key.token_stride, dim, [&](int i) {
-      return first + i < end ? first + i : int64_t{-1};
-    });
+  count += row;
+  candidates += row * capacity;
+  for (int first = begin + warp * 8 * N; first < end; first += kWarps * 8 * N) {
     const bool careful = tied || first + 8 * N > end;
-    const uint32_t own_token = static_cast<uint32_t>(first) + 2 * (lane % 4);
+    const uint32_t own_token = first + 2 * (lane % 4);
     for (int tile = 0; tile < tiles; ++tile) {
       float score[N][4];
       score_tokens<T, D, N>(operands, tile, tokens, score);
+      uint32_t mask[2];  // one bit per key of this thread, for both its groups
+      int place[2], own[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int g = 16 * tile + lane / 4 + 8 * half;
         const bool exists = g < num_groups;
         const Threshold limit = exists ? limits[g] : Threshold{0, 0};
         const float limit_score = score_of_bits(limit.bits);
-        // One bit per key of this thread. NaN passes every comparison here.
-        uint32_t mask = 0;
+        // NaN passes every comparison here.
+        mask[half] = 0;
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i) {
-          if (!(score[i / 2][2 * half + i % 2] <= limit_score)) mask |= 1u << i;
+          if (!(score[i / 2][2 * half + i % 2] <= limit_score)) {
+            mask[half] |= 1u << i;
+          }
         }
         if (careful) {
 #pragma unroll
@@ -170,33 +240,36 @@ __global__ void __launch_bounds__(kThreads, 2)
             const uint32_t token = own_token + 8 * (i / 2) + i % 2;
             if (score[i / 2][2 * half + i % 2] == limit_score &&
                 token < limit.token_end) {
-              mask |= 1u << i;
+              mask[half] |= 1u << i;
             }
-            if (token >= end) mask &= ~(1u << i);
+            if (token >= end) mask[half] &= ~(1u << i);
           }
         }
-        if (!exists) mask = 0;
+        if (!exists) mask[half] = 0;
         // The quad that shares the group reserves room at once.
-        const int own = __popc(mask);
-        int sum = own;
+        own[half] = __popc(mask[half]);
+        int sum = own[half];
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) {
           const int other = __shfl_up_sync(~0u, sum, step, 4);
           if (lane % 4 >= step) sum += other;
         }
-        int place = 0;
-        if (lane % 4 == 3 && sum > 0) place = atomicAdd(&count[row + g], sum);
-        place = __shfl_sync(~0u, place, 3, 4) + sum - own;
-        Candidate* target = candidates + (row + g) * capacity;
+        place[half] = 0;
+        if (lane % 4 == 3 && sum > 0) place[half] = atomicAdd(&count[g], sum);
+        own[half] = sum - own[half];
+      }
+      if (tile + 1 == tiles) load(first + kWarps * 8 * N);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int g = 16 * tile + lane / 4 + 8 * half;
+        int at = __shfl_sync(~0u, place[half], 3, 4) + own[half];
+        Candidate* target = candidates + static_cast<int64_t>(g) * capacity;
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i) {
-          if (mask >> i & 1) {
-            if (place < capacity) {
-              target[place] = {score[i / 2][2 * half + i % 2],
-                               own_token + 8 * (i / 2) + i % 2};
-            }
-            ++place;
-          }
+          const bool passes = mask[half] >> i & 1;
+          store_candidate(target, at, score[i / 2][2 * half + i % 2],
+                          own_token + 8 * (i / 2) + i % 2, passes && at < capacity);
+          at += passes;
         }
       }
     }
@@ -227,15 +300,15 @@ __device__ float plain_score(const T* key, const float* centroid, int dim) {
 // Finds the K best of all keys of one head, eight bits of the threshold a pass, and
 // calls choose(place, bits, token) for them in the order of tokens.
 template <int kGroup, typename BitsAt, typename Choose>
-__device__ void choose_from_all(BitsAt&& bits_at, int64_t num_tokens, int num_keys,
-                                uint32_t* histogram, BlockReducer<kGroup>& reduce,
+__device__ void choose_from_all(BitsAt&& bits_at, int num_tokens, int num_keys,
+                                uint32_t* histogram, TeamReducer<kGroup>& reduce,
                                 Choose&& choose) {
   uint32_t prefix = 0;
   int needed = num_keys;  // among those that share the prefix
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (int i = threadIdx.x; i < 256; i += kGroup) histogram[i] = 0;
     __syncthreads();
-    for (int64_t token = threadIdx.x; token < num_tokens; token += kGroup) {
+    for (int token = threadIdx.x; token < num_tokens; token += kGroup) {
       const uint32_t bits = bits_at(token);
       if (shift == 24 || bits >> (shift + 8) == prefix) {
         atomicAdd(&histogram[bits >> shift & 255], 1);
@@ -250,8 +323,8 @@ __device__ void choose_from_all(BitsAt&& bits_at, int64_t num_tokens, int num_ke
     __syncthreads();
   }
   int chosen = 0, tied = 0;
-  for (int64_t first = 0; first < num_tokens; first += kGroup) {
-    const int64_t token = first + threadIdx.x;
+  for (int first = 0; first < num_tokens; first += kGroup) {
+    const int token = first + threadIdx.x;
     const uint32_t bits = token < num_tokens ? bits_at(token) : 0;
     const bool equal = token < num_tokens && bits == prefix;
     const int before = tied + reduce.exclusive_sum(equal);
@@ -291,15 +364,15 @@ __global__ void __launch_bounds__(kGroup)
     choose_kernel(Rows<const T> key, const float* __restrict__ centroids,
                   const int* __restrict__ count,
                   const Candidate* __restrict__ candidates,
-                  int* __restrict__ index, int64_t num_tokens, int num_groups,
+                  int* __restrict__ index, int num_tokens, int num_groups,
                   int num_keys, int dim, int list_size, bool sorted) {
   constexpr int kCapacity = kGroup * kPerThread;
   extern __shared__ __align__(16) char shared[];
   __shared__ uint32_t scratch[2][kGroup / 32];
   __shared__ int listed;
   auto* list = reinterpret_cast<uint64_t*>(shared);
-  const int64_t row = blockIdx.x;
-  BlockReducer<kGroup> reduce(scratch);
+  const int64_t row = own_head() * num_groups + blockIdx.x;
+  TeamReducer<kGroup> reduce(scratch);
   const int n = count[row];
   index += row * num_keys;
   candidates += row * kCapacity;
@@ -312,15 +385,11 @@ __global__ void __launch_bounds__(kGroup)
   if (threadIdx.x == 0) listed = 0;
   if (n < num_keys || n > kCapacity) {
     __shared__ uint32_t histogram[256];
-    const int bh = static_cast<int>(row / num_groups);
-    const float* centroid =
-        centroids +
-        (static_cast<int64_t>(bh % key.heads) * num_groups + row % num_groups) * dim;
-    const T* head = key.head(bh);
+    const float* centroid = centroids + (blockIdx.y * num_groups + blockIdx.x) * dim;
+    const T* head = key.head();
     choose_from_all<kGroup>(
-        [&](int64_t token) {
-          return candidate_bits(
-              plain_score(head + token * key.token_stride, centroid, dim));
+        [&](int token) {
+          return candidate_bits(plain_score(key.row(head, token), centroid, dim));
         },
         num_tokens, num_keys, histogram, reduce,
         [&](int place, uint32_t bits, uint32_t token) {
@@ -344,14 +413,17 @@ __global__ void __launch_bounds__(kGroup)
       }
     }
     const Threshold found = find_threshold<kGroup>(
-        bits, [&](int i) { return token[i]; }, num_keys, num_keys,
-        static_cast<uint32_t>(num_tokens), reduce);
-    const auto chosen = [&](int i) {
-      return bits[i] != 0 && found.chooses(bits[i], token[i]);
-    };
+        bits, (n + kGroup - 1) / kGroup, [&](int i) { return token[i]; }, num_keys,
+        num_keys, static_cast<uint32_t>(num_tokens), reduce);
+    uint32_t taken = 0;  // one bit per own candidate
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (bits[i] != 0 && found.chooses(bits[i], token[i])) taken |= 1u << i;
+    }
+    const auto chosen = [&](int i) { return taken >> i & 1; };
     __syncthreads();
     if (list_size == 0) {
-      const int words = static_cast<int>((num_tokens + 31) / 32);
+      const int words = (num_tokens + 31) / 32;
       const int share = (words + kGroup - 1) / kGroup;
       const int first = min(static_cast<int>(threadIdx.x) * share, words);
       const int last = min(first + share, words);
@@ -402,7 +474,7 @@ struct Plan {
 };
 
 // The keys of the Top-K among the samples, and the candidates for a threshold taken
-// from them, vary like sums of rare events. Five to six deviations on either side
+// from them, vary like sums of rare events. Five deviations on either side
 // leave less than one row in a million that has to score again.
 Plan make_plan(int64_t num_tokens, int64_t num_keys) {
   for (const int capacity : {512, 4096, 8192}) {
@@ -412,9 +484,9 @@ Plan make_plan(int64_t num_tokens, int64_t num_keys) {
       const double ratio = static_cast<double>(num_tokens) / samples;
       const double mean = num_keys / ratio, unseen = 1. - 1. / ratio;
       const int fewest = static_cast<int>(mean + 5. * std::sqrt(mean * unseen) + 4.);
-      const int most = fewest + fewest / 10 + 1;
+      const int most = fewest + fewest / 5 + 1;
       if (most < samples &&
-          ratio * (most + 6. * std::sqrt(most * unseen)) <= capacity) {
+          ratio * (most + 5. * std::sqrt(most * unseen)) <= capacity) {
         return {samples, fewest, most, capacity};
       }
     }
@@ -442,25 +514,45 @@ at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
 at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
                             int64_t num_keys, bool sorted) {
   const c10::cuda::CUDAGuard guard(key.device());
-  const int64_t heads = key.size(0) * key.size(1), L = key.size(2);
+  const int64_t B = key.size(0), H = key.size(1), L = key.size(2);
   const int64_t G = centroids.size(1), D = key.size(3);
   const Plan plan = make_plan(L, num_keys);
   if (plan.capacity == 0) return select_by_sorting(key, centroids, num_keys);
   const auto ints = key.options().dtype(at::kInt);
-  at::Tensor index = at::empty({key.size(0), key.size(1), G, num_keys}, ints);
+  at::Tensor index = at::empty({B, H, G, num_keys}, ints);
   if (index.numel() == 0) return index;
 
   const at::Tensor rows = aligned_rows(key);
-  const at::Tensor count = at::empty({heads, G}, ints);
-  const at::Tensor thresholds = at::empty({heads, G, 2}, ints);
-  const at::Tensor candidates = at::empty({heads, G, plan.capacity, 2}, ints);
-  auto* threshold = static_cast<Threshold*>(thresholds.data_ptr());
-  auto* candidate = static_cast<Candidate*>(candidates.data_ptr());
   const float* centroid = centroids.const_data_ptr<float>();
   const int groups = static_cast<int>(G), keys = static_cast<int>(num_keys);
-  const int dim = static_cast<int>(D);
-  const int64_t processors =
-      at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const int tokens = static_cast<int>(L), dim = static_cast<int>(D);
+  if (L <= 1024 && !sorted) {
+    dispatch_tokens(rows, [&](auto type, auto width) {
+      using T = typename decltype(type)::type;
+      constexpr int kWidth = decltype(width)::value;
+      const auto select = [&](auto most, auto team) {
+        constexpr int kTokens = decltype(most)::value;
+        constexpr int kTeam = decltype(team)::value;
+        launch(select_few_kernel<T, kWidth, kTokens, kTeam>,
+               grid_of_heads(ceil_div(G, 16), key), 16 * kTeam,
+               CentroidOperands<T, kWidth>::kTileBytes +
+                   16 * (kTokens + 8) * sizeof(float),
+               Rows<const T>(rows), centroid, index.mutable_data_ptr<int>(), tokens,
+               groups, keys, dim);
+      };
+      if (L <= 256) {
+        return select(std::integral_constant<int, 256>(),
+                      std::integral_constant<int, 8>());
+      }
+      select(std::integral_constant<int, 1024>(), std::integral_constant<int, 32>());
+    });
+    return index;
+  }
+  const at::Tensor count = at::empty({B, H, G}, ints);
+  const at::Tensor thresholds = at::empty({B, H, G, 2}, ints);
+  const at::Tensor candidates = at::empty({B, H, G, plan.capacity, 2}, ints);
+  auto* threshold = static_cast<Threshold*>(thresholds.data_ptr());
+  auto* candidate = static_cast<Candidate*>(candidates.data_ptr());
   dispatch_tokens(rows, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
@@ -471,9 +563,9 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       constexpr int kSamples = decltype(samples)::value;
       constexpr int kRows = decltype(served)::value;
       launch(sample_kernel<T, kWidth, kSamples, kRows>,
-             heads * ceil_div(G, kRows), kThreads,
+             grid_of_heads(ceil_div(G, kRows), key), kThreads,
              Operands::kTileBytes + kRows * (kSamples + 8) * sizeof(float), k,
-             centroid, threshold, count.mutable_data_ptr<int>(), L, groups, dim,
+             centroid, threshold, count.mutable_data_ptr<int>(), tokens, groups, dim,
              plan.samples, plan.fewest, plan.most);
     };
     if (plan.samples <= 512) {
@@ -488,15 +580,12 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       sample(std::integral_constant<int, 8192>(), std::integral_constant<int, 2>());
     }
 
-    // As many keys a block as leave every multiprocessor four blocks.
-    const int64_t step = kWarps * 8 * kTokenTiles<T, kWidth>;
-    const int64_t steps =
-        std::clamp<int64_t>(heads * L / (step * processors * 4), 1, 8);
-    const int64_t chunks = ceil_div(L, step * steps);
-    launch(collect_kernel<T, kWidth>, heads * chunks, kThreads, Operands::bytes(G),
-           k, centroid, threshold, count.mutable_data_ptr<int>(), candidate, L,
-           groups, dim, plan.capacity, static_cast<int>(step * steps),
-           static_cast<int>(chunks));
+    const int64_t chunk =
+        tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
+    launch(collect_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), key),
+           kThreads, Operands::bytes(G), k, centroid, threshold,
+           count.mutable_data_ptr<int>(), candidate, tokens, groups, dim,
+           plan.capacity, static_cast<int>(chunk));
 
     int list_size = 0;
     if (sorted || L > kMaxMappedTokens) {
@@ -506,9 +595,9 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
     const size_t bytes = list_size > 0 ? list_size * sizeof(uint64_t)
                                        : 2 * ceil_div(L, 32) * sizeof(uint32_t);
     const auto choose = [&](auto kernel, int threads) {
-      launch(kernel, heads * G, threads, bytes, k, centroid,
+      launch(kernel, grid_of_heads(G, key), threads, bytes, k, centroid,
              count.const_data_ptr<int>(), candidate, index.mutable_data_ptr<int>(),
-             L, groups, keys, dim, list_size, sorted);
+             tokens, groups, keys, dim, list_size, sorted);
     };
     if (plan.capacity == 512) {
       choose(choose_kernel<T, 32, 16>, 32);

@@ -11,34 +11,32 @@ namespace {
 
 constexpr int kThreads = 256;  // at least the number of groups
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kMaxChunks = 256;
+constexpr int kBatch = 4;  // tokens that a thread loads at once
 
-__device__ __forceinline__ int checked_group(int group, int num_groups) {
-  CUDA_KERNEL_ASSERT(group >= 0 && group < num_groups);
-  return group;
-}
-
-// group (BH,L) -> sizes (BH,chunks,G), the queries of every group in a chunk.
+// sizes (B,H,chunks,G): the queries of every group in a chunk of tokens.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const int* __restrict__ group, int* __restrict__ sizes,
-                 int64_t num_tokens, int num_groups, int chunk, int chunks) {
+                 int num_tokens, int num_groups, int chunk) {
   __shared__ int size[kThreads];
-  const int64_t bh = blockIdx.x / chunks;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % chunks) * chunk;
-  const int64_t end = min(begin + chunk, num_tokens);
+  const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
+  group += own_head() * num_tokens;
   size[threadIdx.x] = 0;
   __syncthreads();
-  for (int64_t token = begin + threadIdx.x; token < end; token += kThreads) {
-    atomicAdd(&size[checked_group(group[bh * num_tokens + token], num_groups)], 1);
+#pragma unroll kBatch
+  for (int token = begin + threadIdx.x; token < end; token += kThreads) {
+    const int g = group[token];
+    CUDA_KERNEL_ASSERT(g >= 0 && g < num_groups);
+    atomicAdd(&size[g], 1);
   }
   __syncthreads();
   if (threadIdx.x < num_groups) {
-    sizes[static_cast<int64_t>(blockIdx.x) * num_groups + threadIdx.x] =
+    sizes[(own_head() * gridDim.x + blockIdx.x) * num_groups + threadIdx.x] =
         size[threadIdx.x];
   }
 }
 
-// Sum of `value` over the threads before this one.
+// Sum of `value` over the threads before this one. The block must meet once
+// before the next call.
 __device__ __forceinline__ int exclusive_sum(int value, int (&scratch)[kWarps]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = value;
@@ -53,47 +51,52 @@ __device__ __forceinline__ int exclusive_sum(int value, int (&scratch)[kWarps]) 
   return sum - value;
 }
 
+struct TileTable {
+  int4* tiles;  // (B,H,count)
+  int size, count;
+};
+
 // Places the tokens of a chunk: after the smaller groups, after the group's
 // tokens in earlier chunks, in earlier warps' parts of the chunk, in its own part.
+// The blocks of a head share the work on its tables of tiles.
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const int* __restrict__ group, const int* __restrict__ sizes,
                  int* __restrict__ order, int* __restrict__ offsets,
-                 int64_t num_tokens, int num_groups, int chunk, int chunks) {
+                 TileTable first_table, TileTable second_table, int num_tokens,
+                 int num_groups, int chunk) {
   extern __shared__ int next[];  // [warp][G]
-  __shared__ int scratch[kWarps];
-  const int64_t bh = blockIdx.x / chunks;
-  const int own_chunk = blockIdx.x % chunks;
+  __shared__ int scratch[kWarps], starts[kThreads + 1], first_tile[kThreads + 1];
   const int part = chunk / kWarps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t begin = static_cast<int64_t>(own_chunk) * chunk + warp * part;
-  const int64_t end = min(begin + part, num_tokens);
-  group += bh * num_tokens;
-
-  for (int i = threadIdx.x; i < kWarps * num_groups; i += kThreads) next[i] = 0;
-  __syncthreads();
-  int* own = next + warp * num_groups;
-  for (int64_t token = begin + lane; token < end; token += 32) {
-    atomicAdd(&own[group[token]], 1);
-  }
+  const int begin = blockIdx.x * chunk + warp * part;
+  const int end = min(begin + part, num_tokens);
+  group += own_head() * num_tokens;
+  order += own_head() * num_tokens;
 
   int before = 0, total = 0;  // of group threadIdx.x
   if (threadIdx.x < num_groups) {
-    const int* size = sizes + bh * chunks * num_groups + threadIdx.x;
-    for (int c = 0; c < chunks; ++c) {
-      const int n = size[static_cast<int64_t>(c) * num_groups];
+    const int* size = sizes + own_head() * gridDim.x * num_groups + threadIdx.x;
+#pragma unroll 8
+    for (int c = 0; c < gridDim.x; ++c) {
+      const int n = size[c * num_groups];
       total += n;
-      if (c < own_chunk) before += n;
+      before += c < blockIdx.x ? n : 0;
     }
+  }
+  for (int i = threadIdx.x; i < kWarps * num_groups; i += kThreads) next[i] = 0;
+  __syncthreads();
+  int* own = next + warp * num_groups;
+#pragma unroll kBatch
+  for (int token = begin + lane; token < end; token += 32) {
+    atomicAdd(&own[group[token]], 1);
   }
   const int start = exclusive_sum(total, scratch);
   __syncthreads();
+  starts[threadIdx.x] = start;
+  if (threadIdx.x == num_groups - 1) starts[num_groups] = start + total;
   if (threadIdx.x < num_groups) {
-    if (own_chunk == 0) {
-      int* offset = offsets + bh * (num_groups + 1) + threadIdx.x;
-      offset[0] = start;
-      if (threadIdx.x == num_groups - 1) offset[1] = start + total;
-    }
     int at = start + before;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const int n = next[w * num_groups + threadIdx.x];
       next[w * num_groups + threadIdx.x] = at;
@@ -101,48 +104,92 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-
-  for (int64_t first = begin; first < end; first += 32) {
-    const int64_t token = first + lane;
-    const bool valid = token < end;
-    const int g = valid ? group[token] : -1;
-    const unsigned same = __match_any_sync(~0u, g);
-    const int rank = __popc(same & ((1u << lane) - 1));
-    int at = 0;
-    if (valid) {
-      at = own[g] + rank;
-      order[bh * num_tokens + at] = static_cast<int>(token);
+  if (blockIdx.x == 0) {
+    for (int g = threadIdx.x; g <= num_groups; g += kThreads) {
+      offsets[own_head() * (num_groups + 1) + g] = starts[g];
     }
-    __syncwarp();
-    if (valid && rank == 0) own[g] = at + __popc(same);
-    __syncwarp();
+  }
+
+  for (int first = begin; first < end; first += 32 * kBatch) {
+    int g[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int token = first + 32 * i + lane;
+      g[i] = token < end ? group[token] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const unsigned same = __match_any_sync(~0u, g[i]);
+      const int rank = __popc(same & ((1u << lane) - 1));
+      int at = 0;
+      if (g[i] >= 0) {
+        at = own[g[i]] + rank;
+        order[at] = first + 32 * i + lane;
+      }
+      __syncwarp();
+      if (g[i] >= 0 && rank == 0) own[g[i]] = at + __popc(same);
+      __syncwarp();
+    }
+  }
+
+  for (const TileTable& table : {first_table, second_table}) {
+    if (table.count == 0) continue;
+    const int own_tiles = (total + table.size - 1) / table.size;
+    __syncthreads();
+    const int tiles_before = exclusive_sum(own_tiles, scratch);
+    first_tile[threadIdx.x] = tiles_before;
+    if (threadIdx.x == num_groups - 1) {
+      first_tile[num_groups] = tiles_before + own_tiles;
+    }
+    __syncthreads();
+    for (int t = blockIdx.x * kThreads + threadIdx.x; t < table.count;
+         t += gridDim.x * kThreads) {
+      int4 tile = make_int4(0, 0, 0, 0);
+      if (t < first_tile[num_groups]) {
+        int g = 0;  // the last group that begins at or before the tile
+        for (int step = 128; step > 0; step /= 2) {
+          if (g + step < num_groups && first_tile[g + step] <= t) g += step;
+        }
+        tile.x = g;
+        tile.y = starts[g] + (t - first_tile[g]) * table.size;
+        tile.z = min(tile.y + table.size, starts[g + 1]);
+      }
+      table.tiles[own_head() * table.count + t] = tile;
+    }
   }
 }
 
 }  // namespace
 
-SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups) {
-  const int64_t heads = group.size(0) * group.size(1), L = group.size(2);
-  const auto sizes = group.sizes().slice(0, 2);
-  SortedQueries sorted{
-      at::empty_like(group),
-      at::empty({sizes[0], sizes[1], num_groups + 1}, group.options())};
-  if (group.numel() == 0) {
-    sorted.offsets.zero_();
-    return sorted;
-  }
-  const int64_t chunk =
-      ceil_div(std::max<int64_t>(L / kMaxChunks, 1024), kThreads) * kThreads;
+SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
+                           int64_t tile_size, int64_t part_size) {
+  const int64_t B = group.size(0), H = group.size(1), L = group.size(2);
+  const auto make_tiles = [&](int64_t size) {
+    const int64_t count = size > 0 ? max_tiles(L, num_groups, size) : 0;
+    return at::empty({B, H, count, 4}, group.options());
+  };
+  SortedQueries sorted{at::empty_like(group),
+                       at::empty({B, H, num_groups + 1}, group.options()),
+                       make_tiles(tile_size), make_tiles(part_size)};
+  const auto table = [](const at::Tensor& tiles, int64_t size) {
+    return TileTable{static_cast<int4*>(tiles.data_ptr()), static_cast<int>(size),
+                     static_cast<int>(tiles.size(2))};
+  };
+  // Every block reads the counts of all chunks of its head, so there are not too
+  // many of them.
+  const int64_t chunk = 1024 * ceil_div(L, 1024 * 1024);
   const int64_t chunks = ceil_div(L, chunk);
-  const at::Tensor counts = at::empty({heads, chunks, num_groups}, group.options());
-  launch(count_kernel, heads * chunks, kThreads, 0, group.const_data_ptr<int>(),
-         counts.mutable_data_ptr<int>(), L, static_cast<int>(num_groups),
-         static_cast<int>(chunk), static_cast<int>(chunks));
-  launch(place_kernel, heads * chunks, kThreads, kWarps * num_groups * sizeof(int),
-         group.const_data_ptr<int>(), counts.const_data_ptr<int>(),
+  const at::Tensor sizes = at::empty({B, H, chunks, num_groups}, group.options());
+  const dim3 grid = grid_of_heads(chunks, group);
+  launch(count_kernel, grid, kThreads, 0, group.const_data_ptr<int>(),
+         sizes.mutable_data_ptr<int>(), static_cast<int>(L),
+         static_cast<int>(num_groups), static_cast<int>(chunk));
+  launch(place_kernel, grid, kThreads, kWarps * num_groups * sizeof(int),
+         group.const_data_ptr<int>(), sizes.const_data_ptr<int>(),
          sorted.order.mutable_data_ptr<int>(),
-         sorted.offsets.mutable_data_ptr<int>(), L, static_cast<int>(num_groups),
-         static_cast<int>(chunk), static_cast<int>(chunks));
+         sorted.offsets.mutable_data_ptr<int>(), table(sorted.tiles, tile_size),
+         table(sorted.parts, part_size), static_cast<int>(L),
+         static_cast<int>(num_groups), static_cast<int>(chunk));
   return sorted;
 }
 

@@ -1,0 +1,419 @@
+"""Time DG-Attention against its rivals, on the GPU or the CPU.
+
+    python tools/benchmark_op.py --sets A,B,C --draws random,one --out docs/benchmarks
+
+All rivals read the same tensors, views of one (B, L, 3, H, D) projection, and take
+turns, so that a change of clocks meets them all. Times are medians per call. On the
+GPU calls are replayed as CUDA graphs over several buffers where that works.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmdgt.ops import dynamic_group_attention, use_backend
+from mmdgt.ops.library import ops
+
+D, G = 32, 48
+
+
+class Shape(NamedTuple):
+    """Letters as everywhere: batch, heads, tokens, keys per group."""
+
+    B: int
+    H: int
+    L: int
+    K: int
+
+
+SETS = {
+    'A': Shape(128, 2, 3136, 98),  # ImageNet, stage 1
+    'A3': Shape(128, 8, 196, 98),  # ImageNet, stage 3
+    'B': Shape(2, 2, 16384, 392),  # ADE20K crop, stage 1
+    'B3': Shape(2, 8, 1024, 392),  # ADE20K crop, stage 3
+    'C': Shape(2, 2, 64000, 392),  # COCO 800 x 1280, stage 1
+    'C3': Shape(2, 8, 4000, 392),  # COCO 800 x 1280, stage 3
+    'E': Shape(1, 2, 65536, 392),  # ADE20K evaluation 512 x 2048, stage 1
+    'cpu3136': Shape(1, 2, 3136, 98),
+    'cpu16384': Shape(1, 2, 16384, 392),
+    'cpu64000': Shape(1, 2, 64000, 392),
+}
+
+
+class Inputs(NamedTuple):
+    """query, key, value and grad (B, H, L, D); centroids (H, G, D)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad: Tensor
+    centroids: Tensor
+    num_keys: int
+
+
+def draw_inputs(shape: Shape, draw: str, dtype: torch.dtype, device: str, seed: int):
+    """Random tensors whose groups are of the sizes that ``draw`` names."""
+    B, H, L, K = shape
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, device=device, generator=rng)
+
+    centroids = F.normalize(randn(H, G, D), dim=-1)
+    qkv, grad = randn(B, L, 3, H, D), randn(B, L, H, D)
+    head = torch.arange(H, device=device)
+    if draw == 'skewed':  # a few large groups and many small ones
+        weight = (1.5 * randn(G)).softmax(0)
+        group = torch.multinomial(weight, B * L * H, True, generator=rng)
+        toward = centroids[head, group.view(B, L, H)]
+        qkv[:, :, 0] = 0.6 * qkv[:, :, 0] + 4 * toward
+    elif draw == 'one':
+        qkv[:, :, 0] = 3 * centroids[:, 7] + 0.02 * qkv[:, :, 0]
+    query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
+    return Inputs(query, key, value, grad.to(dtype).transpose(1, 2), centroids, K)
+
+
+def fused(x: Inputs) -> Tensor:
+    with use_backend('fused'):
+        return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
+
+
+def eager(x: Inputs) -> Tensor:
+    with use_backend('reference'):
+        return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
+
+
+def dense(x: Inputs, backend: SDPBackend | None = None) -> Tensor:
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(*x[:3])
+
+
+def group_loop(x: Inputs) -> Tensor:
+    """Topk, argmax and one small attention per group, for the CPU."""
+    query, key, value = x[:3]
+    with torch.no_grad():
+        group = (query.float() @ x.centroids.mT).argmax(-1)
+        index = (x.centroids @ key.float().mT).topk(x.num_keys).indices
+    out = torch.empty_like(query)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            for g in range(G):
+                rows = (group[b, h] == g).nonzero().squeeze(-1)
+                k, v = key[b, h, index[b, h, g]], value[b, h, index[b, h, g]]
+                scores = query[b, h, rows] @ k.mT * D**-0.5
+                out[b, h, rows] = scores.softmax(-1) @ v
+    return out
+
+
+def stock(x: Inputs) -> Tensor:
+    """The best that stock parts give: matmul, topk, argsort, gathers, varlen."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = x[:3]
+    B, H, L, _ = query.shape
+    with torch.no_grad():
+        centroids = x.centroids.to(query.dtype)
+        group = (query @ centroids.mT).argmax(-1)  # (B, H, L)
+        index = (centroids @ key.mT).topk(x.num_keys, sorted=False).indices
+        order = group.argsort(-1)
+        head = torch.arange(B * H, device=query.device)
+        sizes = torch.zeros(B * H * G, dtype=torch.int32, device=query.device)
+        flat = (group.flatten(0, 1) + G * head[:, None]).flatten()
+        sizes.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        ends = F.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+        key_ends = torch.arange(B * H * G + 1, dtype=torch.int32, device=query.device)
+        rank = order.argsort(-1)
+
+    def rows(tokens, which):  # (B, H, L, D), (B, H, N) -> (B H N, 1, D)
+        which = which.unsqueeze(-1).expand(*which.shape, D)
+        return tokens.gather(2, which).reshape(-1, 1, D)
+
+    chosen = index.flatten(2)
+    out = varlen_attn(
+        rows(query, order),
+        rows(key, chosen),
+        rows(value, chosen),
+        ends,
+        key_ends * x.num_keys,
+        L,
+        x.num_keys,
+    )
+    return rows(out.view(B, H, L, D), rank).view(B, H, L, D)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(x: Inputs) -> Tensor:
+    """FlexAttention that masks the keys of other groups."""
+    with torch.no_grad():
+        group = ops.assign_queries(x.query, x.centroids, False)[0]
+        index = ops.select_keys(x.key, x.centroids, x.num_keys, False).long()
+        B, H, L = group.shape
+        seen = torch.zeros(B, H, G, L, dtype=torch.bool, device=group.device)
+        seen.scatter_(-1, index, True)
+
+    def mask(score, b, h, i, j):
+        return torch.where(seen[b, h, group[b, h, i], j], score, -float('inf'))
+
+    return _compiled_flex()(*(t.contiguous() for t in x[:3]), score_mod=mask)
+
+
+@functools.cache
+def _compiled_eager() -> Callable:
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled(x: Inputs) -> Tensor:
+    return _compiled_eager()(x)
+
+
+RIVALS: dict[str, Callable[[Inputs], Tensor]] = {
+    'fused': fused,
+    'dense_flash': functools.partial(dense, backend=SDPBackend.FLASH_ATTENTION),
+    'dense_cudnn': functools.partial(dense, backend=SDPBackend.CUDNN_ATTENTION),
+    'dense': dense,
+    'stock': stock,
+    'flex': flex,
+    'eager': eager,
+    'compiled': compiled,
+    'group_loop': group_loop,
+}
+PARTS = {
+    'fused.assign': lambda x: ops.assign_queries(x.query, x.centroids, False),
+    'fused.assign_sums': lambda x: ops.assign_queries(x.query, x.centroids, True),
+    'fused.select': lambda x: ops.select_keys(
+        x.key, x.centroids, x.num_keys, False
+    ),
+}
+
+
+def make_call(run: Callable, x: Inputs, which: str) -> Callable[[], Any]:
+    """What to time: the forward pass, the backward pass alone, or both."""
+    if which == 'forward':
+
+        def forward():
+            with torch.no_grad():
+                return run(x)
+
+        return forward
+    leaves = [t.detach().requires_grad_() for t in x[:3]]
+    tracked = x._replace(query=leaves[0], key=leaves[1], value=leaves[2])
+    if which == 'backward':
+        out = run(tracked)
+        return lambda: torch.autograd.grad(out, leaves, x.grad, retain_graph=True)
+    return lambda: torch.autograd.grad(run(tracked), leaves, x.grad)
+
+
+def captured(calls: list[Callable]) -> Callable[[], Any]:
+    """One function that replays all calls as a CUDA graph, if they allow it."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]
+    except Exception:
+        torch.cuda.synchronize()
+        return lambda: [call() for call in calls]
+    graph.kept = kept
+    return graph.replay
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    if device == 'cpu':
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Memory beyond the inputs that one call needs at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
+    """Times of all rivals at one set of inputs, a list of dicts."""
+    B, H, L, K = shape
+    kind = getattr(torch, dtype)
+    size = 4 * B * H * L * D * kind.itemsize
+    # Together the buffers exceed the caches several times over.
+    buffers = 1 if args.device == 'cpu' else min(8, max(2, (256 << 20) // size))
+    inputs = [draw_inputs(shape, draw, kind, args.device, s) for s in range(buffers)]
+    rows, timed = [], {}
+    for rival in args.rivals:
+        run = RIVALS.get(rival) or PARTS[rival]
+        if rival in PARTS and which != 'forward':
+            continue
+        row = dict(
+            set=name, **shape._asdict(), G=G, D=D, draw=draw, dtype=dtype,
+            **{'pass': which, 'rival': rival},
+        )
+        try:
+            calls = [make_call(run, x, which) for x in inputs]
+            if args.device == 'cuda':
+                calls[0]()
+                row['peak_bytes'] = peak_bytes(calls[0])
+                timed[rival] = captured(calls)
+            else:
+                timed[rival] = calls[0]
+            once = min(seconds(timed[rival], args.device) for _ in range(2))
+            row['rounds'] = int(min(args.rounds, max(3, args.budget / once)))
+        except Exception as error:
+            timed.pop(rival, None)
+            row['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        rows.append(row)
+    times = {rival: [] for rival in timed}
+    for turn in range(args.rounds):
+        for row in rows:
+            if row['rival'] in timed and turn < row['rounds']:
+                spent = seconds(timed[row['rival']], args.device)
+                times[row['rival']].append(spent / buffers * 1e6)
+    for row in rows:
+        if row['rival'] in timed:
+            taken = sorted(times[row['rival']])
+            row['us'] = round(statistics.median(taken), 2)
+            row['us_quartiles'] = [
+                round(taken[len(taken) * q // 4], 2) for q in (1, 3)
+            ]
+    return rows
+
+
+def machine(device: str) -> dict:
+    info = {'platform': platform.platform(), 'torch': torch.__version__}
+    if device == 'cuda':
+        properties = torch.cuda.get_device_properties(0)
+        info |= {
+            'gpu': properties.name,
+            'multiprocessors': properties.multi_processor_count,
+            'cuda': torch.version.cuda,
+            'cudnn': torch.backends.cudnn.version(),
+        }
+        query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+    else:
+        query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
+        info['threads'] = torch.get_num_threads()
+    for key, command in (
+        ('driver' if device == 'cuda' else 'cpu', query),
+        ('commit', ['git', 'rev-parse', 'HEAD']),
+    ):
+        with contextlib.suppress(OSError):
+            done = subprocess.run(command, capture_output=True, text=True)
+            info[key] = done.stdout.strip().split(': ')[-1]
+    return info
+
+
+def print_table(rows: list[dict], rivals: list[str]) -> None:
+    """One line per set, draw, type and pass; microseconds of every rival."""
+    lines = {}
+    for row in rows:
+        key = (row['set'], row['draw'], row['dtype'], row['pass'])
+        lines.setdefault(key, {})[row['rival']] = row.get('us')
+    header = ['set', 'draw', 'dtype', 'pass', *rivals]
+    table = [header] + [
+        [*key, *('-' if (t := cells.get(r)) is None else f'{t:.1f}' for r in rivals)]
+        for key, cells in lines.items()
+    ]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    for line in table:
+        print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time of the forward pass against L, one line per rival."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
+    for rival in dict.fromkeys(row['rival'] for row in rows):
+        points = sorted(
+            (row['L'], row['us'])
+            for row in rows
+            if row['rival'] == rival and row['pass'] == 'forward' and 'us' in row
+        )
+        axes.loglog(*zip(*points), marker='o', label=rival) if points else None
+    axes.set(xlabel='tokens L', ylabel='forward pass, µs')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words = functools.partial(str.split, sep=',')
+    parser.add_argument('--sets', type=words, default=['A', 'A3', 'B', 'B3', 'C', 'C3'])
+    parser.add_argument('--lengths', type=words, default=[], help='further sets: L of'
+                        ' B = 2, H = 2, K = 392; with them comes a plot')
+    parser.add_argument('--draws', type=words, default=['random', 'skewed', 'one'])
+    parser.add_argument('--dtypes', type=words, default=['bfloat16'])
+    parser.add_argument('--passes', type=words, default=['forward', 'backward'],
+                        help='forward, backward, both')
+    parser.add_argument('--rivals', type=words, default=[
+        'fused', 'dense_flash', 'dense_cudnn', 'stock', 'eager'],
+        help=', '.join([*RIVALS, *PARTS]))
+    parser.add_argument('--device', default='cuda' if cuda else 'cpu')
+    parser.add_argument('--rounds', type=int, default=30)
+    parser.add_argument('--budget', type=float, default=0.5,
+                        help='seconds after which a slow rival stops')
+    parser.add_argument('--out', type=Path, help='folder of the JSON and the plot')
+    parser.add_argument('--name', default='op')
+    args = parser.parse_args()
+
+    sets = {name: SETS[name] for name in args.sets if name}
+    sets |= {f'L{n}': Shape(2, 2, int(n), 392) for n in args.lengths}
+    rows = []
+    for name, shape in sets.items():
+        for draw in args.draws:
+            for dtype in args.dtypes:
+                for which in args.passes:
+                    rows += measure(args, name, shape, draw, dtype, which)
+                    if args.device == 'cuda':
+                        torch.cuda.empty_cache()
+    print_table(rows, args.rivals)
+    for row in rows:
+        if 'error' in row:
+            print(f'{row["rival"]} at {row["set"]}: {row["error"]}')
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        result = {'machine': machine(args.device), 'results': rows}
+        (args.out / f'{args.name}.json').write_text(json.dumps(result, indent=1) + '\n')
+        if args.lengths:
+            plot([r for r in rows if r['set'].startswith('L')],
+                 args.out / f'{args.name}.png')
+
+
+if __name__ == '__main__':
+    main()
