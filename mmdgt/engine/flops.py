@@ -1,5 +1,6 @@
-"""What mmengine's FLOP counter, and so ``tools/analysis_tools/get_flops.py`` of the
-frameworks, needs to know of DG-Attention.
+"""DG-Attention in mmengine's FLOP counter.
+
+And so in the ``tools/analysis_tools/get_flops.py`` of the frameworks.
 """
 
 from typing import Any

@@ -16,17 +16,31 @@ _HOW_TO_BUILD = (
     'build it with "pip install --no-build-isolation --no-deps --force-reinstall ."'
     " in mmdgt's folder"
 )
-try:
-    importlib.import_module('mmdgt._ext')  # registers the kernels
-    _no_extension = None
-except ModuleNotFoundError:
-    _no_extension = f'the extension mmdgt._ext is not built; {_HOW_TO_BUILD}'
-except ImportError as error:
-    _no_extension = (
-        f'the extension mmdgt._ext does not load, most likely because it was built'
-        f' for another torch than {torch.__version__}; {_HOW_TO_BUILD} ({error})'
-    )
-    warnings.warn(_no_extension, stacklevel=2)
+
+
+def _load_extension() -> str | None:
+    """Register the compiled kernels; returns why they are not there, if so."""
+    try:
+        extension = importlib.import_module('mmdgt._ext')
+    except ModuleNotFoundError:
+        return f'the extension mmdgt._ext is not built; {_HOW_TO_BUILD}'
+    except ImportError as error:
+        reason = (
+            f'the extension mmdgt._ext does not load, most likely because it was built'
+            f' for another torch than {torch.__version__}; {_HOW_TO_BUILD} ({error})'
+        )
+        warnings.warn(reason, stacklevel=2)
+        return reason
+    if extension.torch_version != torch.__version__.split('+')[0]:
+        warnings.warn(
+            f'the extension mmdgt._ext was built for torch {extension.torch_version},'
+            f' this is {torch.__version__}; {_HOW_TO_BUILD}',
+            stacklevel=2,
+        )
+    return None
+
+
+_no_extension = _load_extension()
 
 BACKENDS = ('auto', 'fused', 'reference')
 _FUSED_DTYPES = {
@@ -187,7 +201,7 @@ def _attend(query, key, value, group, index, scale) -> Tensor:
     run = _kernel('group_attention', query, index.shape[2])
     with _without_autocast(query):
         rows = map(_row_major, (query, key, value))
-        return run(*rows, group.int(), index.int(), scale)[0]
+        return run(*rows, group.int().contiguous(), index.int().contiguous(), scale)[0]
 
 
 def _choose(name: str, tokens: Tensor, centroids: Tensor, *args) -> Any:
