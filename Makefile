@@ -17,7 +17,7 @@ DEMO_DIR := work_dirs/upernet_dgt_t_demo
 CHECKPOINT := $(DEMO_DIR)/iter_600.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu-check sanitize clean
 
 train: $(DEMO_DIR)/metrics.json $(DEMO_DIR)/metrics_tta.json
 	@$(RUN) -W ignore tools/demo_report.py $(DEMO) $(CHECKPOINT)
@@ -28,6 +28,18 @@ test: $(VENV)/others
 lint: $(VENV)/others
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Build, tests, sanitizer and benchmark of the CUDA kernels on this machine's GPU.
+gpu-check: $(VENV)/others
+	PYTHON="$(CURDIR)/$(RUN)" tools/gpu_check.sh
+
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/others
+	MMDGT_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --target build/sanitized \
+	  --upgrade .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+	  $(RUN) -m pytest tests/test_ops_cpu.py
 
 $(DEMO_DIR)/metrics.json: $(CHECKPOINT)
 	$(RUN) -W ignore tools/test.py $(DEMO) $(CHECKPOINT)

@@ -33,7 +33,9 @@ def panel(image: np.ndarray) -> np.ndarray:
     """Enlarge a picture and put a white edge around it."""
     size = [SCALE * side for side in image.shape[1::-1]]
     large = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)
-    return cv2.copyMakeBorder(large, *4 * [GAP // 2], cv2.BORDER_CONSTANT, None, [255] * 3)
+    return cv2.copyMakeBorder(
+        large, *4 * [GAP // 2], cv2.BORDER_CONSTANT, None, [255] * 3
+    )
 
 
 def caption(width: int) -> np.ndarray:
@@ -41,7 +43,9 @@ def caption(width: int) -> np.ndarray:
     strip = np.full((30, 3 * width, 3), 255, np.uint8)
     for i, text in enumerate(('image', 'truth', 'prediction')):
         where = (i * width + GAP, 21)
-        cv2.putText(strip, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 0, 1, cv2.LINE_AA)
+        cv2.putText(
+            strip, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 0, 1, cv2.LINE_AA
+        )
     return strip
 
 
@@ -78,7 +82,9 @@ def main() -> None:
     picture = work_dir / 'predictions.png'
     cv2.imwrite(str(picture), np.vstack([caption(rows[0].shape[1] // 3), *rows]))
 
-    live = {name: group_usage(torch.as_tensor(count))[0] for name, count in counts.items()}
+    live = {
+        name: group_usage(torch.as_tensor(count))[0] for name, count in counts.items()
+    }
     scores = [
         json.loads((work_dir / name).read_text())['mIoU']
         for name in ('metrics.json', 'metrics_tta.json')
