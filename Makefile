@@ -14,7 +14,7 @@ OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 pytest ruff
 DATA := data/demo
 DEMO := configs/upernet_dgt_t_demo.py
 DEMO_DIR := work_dirs/upernet_dgt_t_demo
-CHECKPOINT := $(DEMO_DIR)/iter_600.pth
+CHECKPOINT := $(DEMO_DIR)/iter_650.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: train test lint gpu-check sanitize clean

@@ -16,7 +16,7 @@ crop_size = (96, 96)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(num_keys=98, drop_path_rate=0.0),
-    decode_head=dict(channels=128, num_classes=len(classes)),
+    decode_head=dict(channels=64, num_classes=len(classes)),
     auxiliary_head=dict(channels=64, num_classes=len(classes)),
 )
 
@@ -47,7 +47,7 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=1, dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-iterations = 600
+iterations = 650
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),

@@ -1,0 +1,47 @@
+"""torch.compile captures the backbone as one graph."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mmdgt import DGT
+
+ARCH = dict(dims=(8, 16), depths=(1, 1), num_heads=(1, 2), stem_dims=8)
+SIZES = [(64, 64), (96, 80), (128, 112)]
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    counters.clear()
+    return DGT(ARCH, num_groups=6, num_keys=10, out_indices=(0, 1))
+
+
+def test_three_sizes_need_two_graphs(model):
+    """One for the first size, one for sizes that vary; no breaks."""
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        for size in SIZES:
+            image = torch.randn(1, 3, *size)
+            for ours, expected in zip(compiled(image), model(image), strict=True):
+                torch.testing.assert_close(ours, expected)
+    assert counters['stats']['unique_graphs'] <= 2
+
+
+def test_training_leaves_the_same_gradients_and_sums(model):
+    model.train()
+    image = torch.randn(2, 3, 64, 64)
+    layer = model.stages[0].blocks[0].attention
+
+    def step(function):
+        model.zero_grad()
+        layer.group_counts.zero_()
+        sum(out.square().sum() for out in function(image)).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        return [*grads, layer.group_sums.clone(), layer.group_counts.clone()]
+
+    expected = step(model)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for ours, true in zip(step(compiled), expected, strict=True):
+        torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
