@@ -11,13 +11,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from benchmark_op import machine
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 
+import mmdgt
 from mmdgt.engine import group_usage
 from mmdgt.models import DynamicGroupAttention
 
-ROWS = 6
+ROWS = 4
 GAP = 6  # pixels between the panels
 SCALE = 2
 
@@ -82,18 +84,22 @@ def main() -> None:
     picture = work_dir / 'predictions.png'
     cv2.imwrite(str(picture), np.vstack([caption(rows[0].shape[1] // 3), *rows]))
 
-    live = {
-        name: group_usage(torch.as_tensor(count))[0] for name, count in counts.items()
-    }
-    scores = [
+    live = [group_usage(torch.as_tensor(count))[0] for count in counts.values()]
+    single, multi = (
         json.loads((work_dir / name).read_text())['mIoU']
         for name in ('metrics.json', 'metrics_tta.json')
-    ]
-    print(f'mIoU, single-scale:      {scores[0]:.2f}')
-    print(f'mIoU, multi-scale:       {scores[1]:.2f}')
-    print(f'live groups, worst block: {min(live.values()):.0%}')
-    print(f'checkpoint:              {args.checkpoint}')
-    print(f'picture:                 {picture}')
+    )
+    report = {
+        'mIoU, single-scale': single,
+        'mIoU, multi-scale': multi,
+        'live groups of the worst block, %': round(100 * min(live), 1),
+        'checkpoint': str(args.checkpoint),
+        'picture': str(picture),
+    }
+    saved = {**report, 'mmdgt': mmdgt.__version__, 'machine': machine('cpu')}
+    (work_dir / 'report.json').write_text(json.dumps(saved, indent=2) + '\n')
+    for what, value in report.items():
+        print(f'{what + ":":36}{value}')
 
 
 if __name__ == '__main__':
