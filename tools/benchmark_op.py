@@ -199,9 +199,7 @@ RIVALS: dict[str, Callable[[Inputs], Tensor]] = {
 PARTS = {
     'fused.assign': lambda x: ops.assign_queries(x.query, x.centroids, False),
     'fused.assign_sums': lambda x: ops.assign_queries(x.query, x.centroids, True),
-    'fused.select': lambda x: ops.select_keys(
-        x.key, x.centroids, x.num_keys, False
-    ),
+    'fused.select': lambda x: ops.select_keys(x.key, x.centroids, x.num_keys, False),
 }
 
 
@@ -224,19 +222,19 @@ def make_call(run: Callable, x: Inputs, which: str) -> Callable[[], Any]:
 
 def captured(calls: list[Callable]) -> Callable[[], Any]:
     """One function that replays all calls as a CUDA graph, if they allow it."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            # A replay reads what the calls hold, so the graph holds the calls.
+            graph.kept = calls, [call() for call in calls]
+        graph.replay()
     except Exception:
         torch.cuda.synchronize()
         return lambda: [call() for call in calls]
-    graph.kept = kept
+    torch.cuda.synchronize()
     return graph.replay
 
 
@@ -276,7 +274,12 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
         if rival in PARTS and which != 'forward':
             continue
         row = dict(
-            set=name, **shape._asdict(), G=G, D=D, draw=draw, dtype=dtype,
+            set=name,
+            **shape._asdict(),
+            G=G,
+            D=D,
+            draw=draw,
+            dtype=dtype,
             **{'pass': which, 'rival': rival},
         )
         try:
@@ -303,9 +306,7 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
         if row['rival'] in timed:
             taken = sorted(times[row['rival']])
             row['us'] = round(statistics.median(taken), 2)
-            row['us_quartiles'] = [
-                round(taken[len(taken) * q // 4], 2) for q in (1, 3)
-            ]
+            row['us_quartiles'] = [round(taken[len(taken) * q // 4], 2) for q in (1, 3)]
     return rows
 
 
@@ -375,19 +376,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = functools.partial(str.split, sep=',')
     parser.add_argument('--sets', type=words, default=['A', 'A3', 'B', 'B3', 'C', 'C3'])
-    parser.add_argument('--lengths', type=words, default=[], help='further sets: L of'
-                        ' B = 2, H = 2, K = 392; with them comes a plot')
+    parser.add_argument(
+        '--lengths',
+        type=words,
+        default=[],
+        help='further sets: L of B = 2, H = 2, K = 392; with them comes a plot',
+    )
     parser.add_argument('--draws', type=words, default=['random', 'skewed', 'one'])
     parser.add_argument('--dtypes', type=words, default=['bfloat16'])
-    parser.add_argument('--passes', type=words, default=['forward', 'backward'],
-                        help='forward, backward, both')
-    parser.add_argument('--rivals', type=words, default=[
-        'fused', 'dense_flash', 'dense_cudnn', 'stock', 'eager'],
-        help=', '.join([*RIVALS, *PARTS]))
+    parser.add_argument(
+        '--passes',
+        type=words,
+        default=['forward', 'backward'],
+        help='forward, backward, both',
+    )
+    parser.add_argument(
+        '--rivals',
+        type=words,
+        default=['fused', 'dense_flash', 'dense_cudnn', 'stock', 'eager'],
+        help=', '.join([*RIVALS, *PARTS]),
+    )
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--rounds', type=int, default=30)
-    parser.add_argument('--budget', type=float, default=0.5,
-                        help='seconds after which a slow rival stops')
+    parser.add_argument(
+        '--budget',
+        type=float,
+        default=0.5,
+        help='seconds after which a slow rival stops',
+    )
     parser.add_argument('--out', type=Path, help='folder of the JSON and the plot')
     parser.add_argument('--name', default='op')
     args = parser.parse_args()
@@ -395,13 +411,19 @@ def main() -> None:
     sets = {name: SETS[name] for name in args.sets if name}
     sets |= {f'L{n}': Shape(2, 2, int(n), 392) for n in args.lengths}
     rows = []
-    for name, shape in sets.items():
-        for draw in args.draws:
-            for dtype in args.dtypes:
-                for which in args.passes:
-                    rows += measure(args, name, shape, draw, dtype, which)
-                    if args.device == 'cuda':
-                        torch.cuda.empty_cache()
+    # Backward passes run where their forward passes ran, and the default stream
+    # cannot be captured.
+    stream = contextlib.nullcontext()
+    if args.device == 'cuda':
+        stream = torch.cuda.stream(torch.cuda.Stream())
+    with stream:
+        for name, shape in sets.items():
+            for draw in args.draws:
+                for dtype in args.dtypes:
+                    for which in args.passes:
+                        rows += measure(args, name, shape, draw, dtype, which)
+                        if args.device == 'cuda':
+                            torch.cuda.empty_cache()
     print_table(rows, args.rivals)
     for row in rows:
         if 'error' in row:
@@ -411,8 +433,10 @@ def main() -> None:
         result = {'machine': machine(args.device), 'results': rows}
         (args.out / f'{args.name}.json').write_text(json.dumps(result, indent=1) + '\n')
         if args.lengths:
-            plot([r for r in rows if r['set'].startswith('L')],
-                 args.out / f'{args.name}.png')
+            plot(
+                [r for r in rows if r['set'].startswith('L')],
+                args.out / f'{args.name}.png',
+            )
 
 
 if __name__ == '__main__':

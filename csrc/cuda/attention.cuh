@@ -166,7 +166,7 @@ void dispatch_block(int warps, int64_t num_keys, Run&& run) {
       if (wide) return run(warps, std::integral_constant<int, 112>());
       return run(warps, std::integral_constant<int, 80>());
     } else {
-      run(warps, std::integral_constant<int, (D * sizeof(T) > 256 ? 32 : 48)>());
+      run(warps, std::integral_constant<int, (D * sizeof(T) > 256 ? 16 : 48)>());
     }
   };
   if constexpr (D * sizeof(T) == 64) {

@@ -8,7 +8,36 @@
 namespace mmdgt {
 namespace {
 
-// A block serves up to 16 queries per warp, all of one group.
+// Shared memory: two stages of keys and values, two tiles of queries, and the tokens
+// of both tiles.
+template <typename T, int D, int kWarps, int kKeys>
+struct Memory {
+  static constexpr int kQueries = 16 * kWarps;
+  static constexpr int kKeyBytes = kKeys * D * sizeof(T);
+  static constexpr int kQueryBytes = kQueries * D * sizeof(T);
+  static constexpr int kBytes =
+      4 * kKeyBytes + 2 * kQueryBytes + 2 * kQueries * static_cast<int>(sizeof(int));
+
+  char* base;
+  __device__ __forceinline__ char* keys(int stage) const {
+    return base + (stage & 1) * 2 * kKeyBytes;
+  }
+  __device__ __forceinline__ char* values(int stage) const {
+    return keys(stage) + kKeyBytes;
+  }
+  __device__ __forceinline__ char* queries(int tile) const {
+    return base + 4 * kKeyBytes + (tile & 1) * kQueryBytes;
+  }
+  __device__ __forceinline__ int* tokens(int tile) const {
+    return reinterpret_cast<int*>(base + 4 * kKeyBytes + 2 * kQueryBytes) +
+           (tile & 1) * kQueries;
+  }
+};
+
+// A block serves tiles blockIdx.x, blockIdx.x + gridDim.x, ... of its head, 16
+// queries per warp, all of one group, whose keys come in stages. While it computes
+// with one stage, the next one is copied and the tokens of the one after are looked
+// up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
 __global__ void __launch_bounds__(32 * kWarps,
                                   D * sizeof(T) > 64 ? 1 : 16 / kWarps)
@@ -16,82 +45,125 @@ __global__ void __launch_bounds__(32 * kWarps,
                   const int* __restrict__ order, const int4* __restrict__ tiles,
                   const int* __restrict__ index, Rows<T> out,
                   float* __restrict__ logsumexp, int num_tokens, int num_groups,
-                  int num_keys, int dim, float scale) {
+                  int num_keys, int num_tiles, int dim, float scale) {
+  constexpr int kQueries = 16 * kWarps;
   extern __shared__ __align__(128) char shared[];
-  const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
-  if (begin == end) return;
+  const Memory<T, D, kWarps, kKeys> memory{shared};
+  tiles += own_head() * num_tiles;
+  index += own_head() * num_groups * num_keys;
   order += own_head() * num_tokens;
   logsumexp += own_head() * num_tokens;
-
+  const int stages = (num_keys + kKeys - 1) / kKeys;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool active = begin + 16 * warp < end;
-  int token[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int place = begin + 16 * warp + 8 * half + lane / 4;
-    token[half] = place < end ? order[place] : -1;
-  }
-  KeyPipeline<T, D, 32 * kWarps, kKeys> pipeline{
-      shared,
-      key.head(),
-      value.head(),
-      key.token_stride,
-      value.token_stride,
-      index + (own_head() * num_groups + group) * num_keys,
-      num_keys,
-      num_tokens,
-      dim};
-  pipeline.look_up(0);
-  pipeline.copy(0);
-  pipeline.look_up(1);
-  const T* queries = query.head();
-  RowFragment<T, D> q[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (token[half] >= 0) {
-      q[half].load(query.row(queries, token[half]), dim);
-    } else {
-      q[half].clear();
-    }
-    // The maximum is taken before scaling, which must not turn the order round.
-    if (scale < 0.f) q[half].negate();
-  }
-  const float scale_log2 = positive_scale_log2(scale);
 
-  OnlineSoftmax<T, D> softmax;
-  pipeline.run([&](int stage) {
-    if (!active) return;
-    const SharedRows<T, D> keys = pipeline.keys(stage);
-    float s[kKeys / 8][4];
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-      const RowFragment<T, D> k = keys.load_row(8 * n + lane / 4);
-#pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-      }
+  const auto read_tile = [&](int number) {
+    return number < num_tiles ? tiles[number] : make_int4(0, 0, 0, 0);
+  };
+  // The stage to look up next: of which tile, and the tile after that.
+  int number = blockIdx.x, ahead = 0, stage_ahead = 0;
+  int4 tile = read_tile(number), next_tile = read_tile(number + gridDim.x);
+  // What was looked up last.
+  RowGather<T, D, 32 * kWarps, kKeys> key_gather;
+  RowGather<T, D, 32 * kWarps, kQueries> query_gather;
+  int own_token = -1;
+  bool found = false, starts_tile = false;
+  const auto look_up = [&]() {  // and move on
+    found = tile.y < tile.z;
+    starts_tile = stage_ahead == 0;
+    if (!found) return;
+    const int first = stage_ahead * kKeys;
+    key_gather.look_up(index + static_cast<int64_t>(tile.x) * num_keys + first,
+                       num_keys - first, num_tokens - 1);
+    if (starts_tile) {
+      const int count = tile.z - tile.y, own = threadIdx.x;
+      query_gather.look_up(order + tile.y, count, num_tokens - 1);
+      own_token = own < min(count, kQueries) ? order[tile.y + own] : -1;
     }
-    const int count = num_keys - stage * kKeys;
-    if (count < kKeys) {
+    if (++stage_ahead == stages) {
+      stage_ahead = 0;
+      number += gridDim.x;
+      tile = next_tile;
+      next_tile = read_tile(number + gridDim.x);
+    }
+  };
+  const auto copy = [&](int stage) {
+    key_gather.copy(memory.keys(stage), key.head(), key.token_stride, dim);
+    key_gather.copy(memory.values(stage), value.head(), value.token_stride, dim);
+    if (starts_tile) {
+      query_gather.copy(memory.queries(ahead), query.head(), query.token_stride, dim);
+      if (threadIdx.x < kQueries) memory.tokens(ahead)[threadIdx.x] = own_token;
+      ++ahead;
+    }
+    commit_copies();
+  };
+
+  look_up();
+  if (!found) return;
+  copy(0);
+  look_up();
+
+  // The maximum is taken before scaling, which must not turn the order round.
+  const float scale_log2 = positive_scale_log2(scale);
+  int stage = 0;  // counted over all tiles
+  for (int served = 0; served < ahead; ++served) {
+    int token[2];
+    RowFragment<T, D> q[2];
+    OnlineSoftmax<T, D> softmax;
+    for (int of_tile = 0; of_tile < stages; ++of_tile, ++stage) {
+      if (found) {
+        copy(stage + 1);
+        look_up();
+        wait_for_copies<1>();
+      } else {
+        wait_for_copies<0>();
+      }
+      __syncthreads();
+      if (of_tile == 0) {
+        const SharedRows<T, D> queries(memory.queries(served));
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        if (8 * n + 8 <= count) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // columns without a key
-          if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * warp + 8 * half + lane / 4;
+          token[half] = memory.tokens(served)[row];
+          q[half] = queries.load_row(row);
+          if (scale < 0.f) q[half].negate();
         }
       }
-    }
-    softmax.template add<kKeys>(s, scale_log2, pipeline.values(stage), 0);
-  });
-  if (!active) return;
-
+      const SharedRows<T, D> keys(memory.keys(stage));
+      if (memory.tokens(served)[16 * warp] >= 0) {
+        float s[kKeys / 8][4];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    T* row = token[half] >= 0 ? out.row(out.head(), token[half]) : nullptr;
-    softmax.store(half, scale_log2, dim, row, logsumexp + token[half]);
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+          const RowFragment<T, D> k = keys.load_row(8 * n + lane / 4);
+#pragma unroll
+          for (int step = 0; step < D / 16; ++step) {
+            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
+          }
+        }
+        const int count = num_keys - of_tile * kKeys;
+        if (count < kKeys) {
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+            if (8 * n + 8 <= count) continue;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // columns without a key
+              if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
+            }
+          }
+        }
+        softmax.template add<kKeys>(s, scale_log2,
+                                    SharedRows<T, D>(memory.values(stage)), 0);
+        if (of_tile == stages - 1) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            T* row = token[half] >= 0 ? out.row(out.head(), token[half]) : nullptr;
+            softmax.store(half, scale_log2, dim, row, logsumexp + token[half]);
+          }
+        }
+      }
+      __syncthreads();
+    }
   }
 }
 
@@ -119,14 +191,15 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     dispatch_block<T, kWidth>(warps, K, [&](auto block, auto stage) {
       constexpr int kWarps = decltype(block)::value;
       constexpr int kKeys = decltype(stage)::value;
+      const int64_t tiles = sorted.tiles.size(2);
       launch(attend_kernel<T, kWidth, kWarps, kKeys>,
-             grid_of_heads(sorted.tiles.size(2), query), 32 * kWarps,
-             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), Rows<const T>(q),
+             grid_of_heads(resident_blocks(tiles, 16 / kWarps, query), query),
+             32 * kWarps, Memory<T, kWidth, kWarps, kKeys>::kBytes, Rows<const T>(q),
              Rows<const T>(k), Rows<const T>(v), sorted.order.const_data_ptr<int>(),
              static_cast<const int4*>(sorted.tiles.const_data_ptr()),
              index.const_data_ptr<int>(), Rows<T>(out),
              logsumexp.mutable_data_ptr<float>(), static_cast<int>(L),
-             static_cast<int>(G), static_cast<int>(K),
+             static_cast<int>(G), static_cast<int>(K), static_cast<int>(tiles),
              static_cast<int>(query.size(3)), static_cast<float>(scale));
     });
   });

@@ -53,6 +53,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
             size_t shared_bytes, Arguments&&... arguments) {
   if (shared_bytes > 32 << 10) {
+    const size_t most = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+    TORCH_CHECK(shared_bytes + 4096 <= most, "these sizes need ", shared_bytes,
+                " bytes of shared memory, this GPU has ", most,
+                "; use fewer groups, a smaller head dim or the reference back end");
     C10_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel),
         cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -64,6 +68,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks for each head that take turns with its `pieces` of work, so that about
+// `per_processor` blocks run on every multiprocessor at once.
+inline int64_t resident_blocks(int64_t pieces, int64_t per_processor,
+                               const at::Tensor& tokens) {
+  const int64_t blocks =
+      per_processor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const int64_t heads = tokens.size(0) * tokens.size(1);
+  return std::clamp<int64_t>(blocks / heads, 1, pieces);
+}
 
 // Tokens of one head that a block serves, `step` at a time: as many as leave every
 // multiprocessor a few blocks, and all blocks of a head about equally many.
