@@ -87,16 +87,19 @@ def draw_inputs(shape: Shape, draw: str, dtype: torch.dtype, device: str, seed: 
 
 
 def fused(x: Inputs) -> Tensor:
+    """The compiled operators."""
     with use_backend('fused'):
         return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
 
 
 def eager(x: Inputs) -> Tensor:
+    """The plain PyTorch reference."""
     with use_backend('reference'):
         return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
 
 
 def dense(x: Inputs, backend: SDPBackend | None = None) -> Tensor:
+    """Attention of all queries to all keys."""
     with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         return F.scaled_dot_product_attention(*x[:3])
 
@@ -182,6 +185,7 @@ def _compiled_eager() -> Callable:
 
 
 def compiled(x: Inputs) -> Tensor:
+    """The reference under torch.compile."""
     return _compiled_eager()(x)
 
 
@@ -239,6 +243,7 @@ def captured(calls: list[Callable]) -> Callable[[], Any]:
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
+    """How long a call takes."""
     if device == 'cpu':
         start = time.perf_counter()
         call()
@@ -262,7 +267,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
     """Times of all rivals at one set of inputs, a list of dicts."""
-    B, H, L, K = shape
+    B, H, L, _ = shape
     kind = getattr(torch, dtype)
     size = 4 * B * H * L * D * kind.itemsize
     # Together the buffers exceed the caches several times over.
@@ -311,6 +316,7 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
 
 
 def machine(device: str) -> dict:
+    """What was measured on, and with which versions."""
     info = {'platform': platform.platform(), 'torch': torch.__version__}
     if device == 'cuda':
         properties = torch.cuda.get_device_properties(0)
@@ -347,7 +353,8 @@ def print_table(rows: list[dict], rivals: list[str]) -> None:
     ]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     for line in table:
-        print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
+        cells = zip(line, widths, strict=True)
+        print('  '.join(cell.rjust(width) for cell, width in cells))
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -364,7 +371,8 @@ def plot(rows: list[dict], path: Path) -> None:
             for row in rows
             if row['rival'] == rival and row['pass'] == 'forward' and 'us' in row
         )
-        axes.loglog(*zip(*points), marker='o', label=rival) if points else None
+        if points:
+            axes.loglog(*zip(*points, strict=True), marker='o', label=rival)
     axes.set(xlabel='tokens L', ylabel='forward pass, µs')
     axes.grid(alpha=0.3)
     axes.legend()
@@ -372,6 +380,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = functools.partial(str.split, sep=',')

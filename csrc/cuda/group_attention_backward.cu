@@ -144,7 +144,7 @@ constexpr int kWarpTiles = D * sizeof(T) == 64 ? 2 : 1;
 constexpr int kKeyWarps = 4;
 
 // dV = P^T dO and dK = scale * dS^T Q for the queries of one tile, which may be a
-// whole group: parts (BH,tiles,K,2,D), dK before dV.
+// whole group: parts (B,H,tiles,K,2,D), dK before dV.
 template <typename T, int D>
 __global__ void __launch_bounds__(32 * kKeyWarps)
     grad_key_kernel(Rows<const T> grad_out, Rows<const T> query,

@@ -302,7 +302,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
       store_row<T, kDim>(d_key, half, scale,
                          exists ? grad_key.row(grad_key.head(), token) : nullptr, dim);
       store_row<T, kDim>(d_value, half, 1.f,
-                         exists ? grad_value.row(grad_value.head(), token) : nullptr, dim);
+                         exists ? grad_value.row(grad_value.head(), token) : nullptr,
+                         dim);
     }
   }
 }

@@ -65,9 +65,9 @@ __device__ __forceinline__ void score_rows(
 }
 
 // A block serves kRows groups of one head: half a warp or a warp each while the
-// samples fit its registers, else the block one after the other. Fills threshold (BH,G) and sets
-// the numbers of candidates, count (BH,G), to zero. Without samples everything
-// becomes a candidate.
+// samples fit its registers, else the block one after the other. Fills threshold
+// (B,H,G) and sets the numbers of candidates, count (B,H,G), to zero. Without
+// samples everything becomes a candidate.
 template <typename T, int D, int kSamples, int kRows>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
@@ -175,8 +175,8 @@ __device__ __forceinline__ void store_candidate(Candidate* candidates, uint32_t 
       : "memory");
 }
 
-// Candidates (BH,G,capacity) beyond the thresholds, in any order, and their number
-// count (BH,G), which may exceed the capacity. A block serves `chunk` keys of one
+// Candidates (B,H,G,capacity) beyond the thresholds, in any order, and their number
+// count (B,H,G), which may exceed the capacity. A block serves `chunk` keys of one
 // head.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
@@ -355,7 +355,7 @@ __device__ void bitonic_sort(uint64_t* list, int list_size) {
   }
 }
 
-// index (BH,G,K): the K best of the candidates, in the order of choice if `sorted`,
+// index (B,H,G,K): the K best of the candidates, in the order of choice if `sorted`,
 // else by token. A block of kGroup threads serves one row. The order comes from
 // sorting a list of `list_size` or, where that is 0, from a map with one bit per
 // token, which is quicker but knows tokens only.

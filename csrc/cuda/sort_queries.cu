@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int start = exclusive_sum(total, scratch);
   __syncthreads();
-  starts[threadIdx.x] = start;
+  if (threadIdx.x < num_groups) starts[threadIdx.x] = start;
   if (threadIdx.x == num_groups - 1) starts[num_groups] = start + total;
   if (threadIdx.x < num_groups) {
     int at = start + before;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
     const int own_tiles = (total + table.size - 1) / table.size;
     __syncthreads();
     const int tiles_before = exclusive_sum(own_tiles, scratch);
-    first_tile[threadIdx.x] = tiles_before;
+    if (threadIdx.x < num_groups) first_tile[threadIdx.x] = tiles_before;
     if (threadIdx.x == num_groups - 1) {
       first_tile[num_groups] = tiles_before + own_tiles;
     }
