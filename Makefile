@@ -17,9 +17,9 @@ DEMO_DIR := work_dirs/upernet_dgt_t_demo
 CHECKPOINT := $(DEMO_DIR)/iter_650.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-# Threads that wait give their core away. On two cores a neighbour's load otherwise
-# slows training tenfold.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait long give their core away. On two cores a neighbour's load
+# otherwise slows training tenfold.
+export GOMP_SPINCOUNT := 20000
 
 .PHONY: train test lint gpu-check sanitize clean
 
