@@ -41,6 +41,11 @@ def _load_extension() -> str | None:
 
 
 _no_extension = _load_extension()
+_kernel_devices = [
+    key.lower()
+    for key in ('CPU', 'CUDA')
+    if torch._C._dispatch_has_kernel_for_dispatch_key('mmdgt::group_attention', key)
+]
 
 BACKENDS = ('auto', 'fused', 'reference')
 _FUSED_DTYPES = {
@@ -214,10 +219,9 @@ def _choose(name: str, tokens: Tensor, centroids: Tensor, *args) -> Any:
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Half precision inside the reference would cost it its float32 sums."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
+    if x.is_meta:  # knows no autocast
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
@@ -239,7 +243,7 @@ def _unsupported(tokens: Tensor, num_groups: int) -> str | None:
     device, D = tokens.device.type, tokens.shape[-1]
     if device == 'meta':  # Shapes alone, which the operator knows.
         return None
-    if not _has_kernel(device):
+    if device not in _kernel_devices:
         return f'the extension was built without kernels for {device}'
     if tokens.dtype not in _FUSED_DTYPES[device]:
         return f'its kernels on {device} take no {tokens.dtype}'
@@ -248,13 +252,6 @@ def _unsupported(tokens: Tensor, num_groups: int) -> str | None:
     if num_groups > _MAX_FUSED_GROUPS:
         return f'its kernels take up to {_MAX_FUSED_GROUPS} groups, got {num_groups}'
     return None
-
-
-@functools.cache
-def _has_kernel(device: str) -> bool:
-    return device in _FUSED_DTYPES and torch._C._dispatch_has_kernel_for_dispatch_key(
-        'mmdgt::group_attention', device.upper()
-    )
 
 
 @functools.cache
