@@ -90,8 +90,8 @@ def main() -> None:
         for name in ('metrics.json', 'metrics_tta.json')
     )
     report = {
-        'mIoU, single-scale': single,
-        'mIoU, multi-scale': multi,
+        'mIoU, single-scale': round(single, 2),
+        'mIoU, multi-scale': round(multi, 2),
         'live groups of the worst block, %': round(100 * min(live), 1),
         'checkpoint': str(args.checkpoint),
         'picture': str(picture),
