@@ -167,8 +167,9 @@ def test_colour_alone_does_not_give_the_class(data):
     centroids = np.stack([colours[classes == c].mean(0) for c in range(2, 8)])
     colours, classes = mean_colours('val', 'validation')
     distances = np.linalg.norm(colours[:, None] - centroids, axis=-1)
-    # Two classes share a family of colours: knowing it leaves one guess in two.
-    assert 0.25 < np.mean(distances.argmin(1) + 2 == classes) < 0.6
+    # Four classes share their colours in pairs, and the other two overlap: at most
+    # (4 / 2 + 2) / 6 could be told.
+    assert 0.25 < np.mean(distances.argmin(1) + 2 == classes) < 0.67
 
 
 def test_same_seed_same_bytes(data, tmp_path):

@@ -1,7 +1,7 @@
 """Scenes of textured, overlapping shapes, drawn with NumPy and OpenCV.
 
-Two classes share a family of colours and up to three a texture: neither tells the class
-alone. Both together do, and so does the outline. Size, turn, light and the
+Classes share textures, and families of colours or parts of them: neither tells the
+class alone. Both together do, and so does the outline. Size, turn, light and the
 surroundings are drawn independently of the class.
 """
 
@@ -27,12 +27,13 @@ UNLABELLED, BACKGROUND = 0, 1
 MATERIALS = dict(
     disk=('warm', 'stripes'),
     ring=('green', 'stripes'),
-    triangle=('blue', 'grain'),
+    triangle=('violet', 'grain'),
     square=('green', 'dots'),
     star=('warm', 'dots'),
     cross=('blue', 'dots'),
 )
-HUES = dict(warm=(-20, 50), green=(85, 165), blue=(200, 290))  # degrees
+# Degrees; blue and violet overlap.
+HUES = dict(warm=(-20, 50), green=(85, 165), blue=(195, 262), violet=(245, 310))
 SATURATION = (0.45, 0.9)
 GREY = (0.0, 0.25)  # saturation of backgrounds
 TEXTURES = ('grain', 'gradient', 'stripes', 'checks', 'dots', 'clouds')
