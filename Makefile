@@ -17,8 +17,8 @@ DEMO_DIR := work_dirs/upernet_dgt_t_demo
 CHECKPOINT := $(DEMO_DIR)/iter_650.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-# Threads that wait long give their core away. On two cores a neighbour's load
-# otherwise slows training tenfold.
+# Threads that wait long give their core away: spinning, two threads on two cores
+# stall whenever another process takes one of them.
 export GOMP_SPINCOUNT := 20000
 
 .PHONY: train test lint gpu-check sanitize clean
