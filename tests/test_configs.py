@@ -6,23 +6,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from torch.utils.flop_counter import FlopCounterMode
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
-# Published: parameters in M; FLOPs in G of UperNet at 512 x 2048 (table 3).
+# Published: parameters in M; FLOPs in G of UperNet at 512 x 2048 (table 3) and of
+# Mask R-CNN at 800 x 1280 (table 4a).
 UPERNET = {'t': (52.5, 954), 's': (81.9, 1074), 'b': (122.2, 1234)}
+MASK_RCNN = {'t': (42, 272), 's': (70, 386), 'b': (108, 540)}
 CLASSIFIERS = {'t': 24.09, 's': 51.76, 'b': 90.28}
+INDEX = {
+    model['Name']: model
+    for model in yaml.safe_load((CONFIGS / 'metafile.yml').read_text())['Models']
+}
 
 
-def test_there_are_seven_configs():
-    assert len(NAMES) == 7
+def test_the_index_lists_every_config_for_real_data():
+    assert INDEX.keys() == {n for n in NAMES if 'demo' not in n} and len(INDEX) == 9
+    for name, model in INDEX.items():
+        cfg = Config.fromfile(CONFIGS.parent / model['Config'])
+        assert model['Config'] == f'configs/{name}.py'
+        assert model['Metadata']['Batch Size'] == cfg.auto_scale_lr.base_batch_size
+        # Nothing was trained, so there is nothing to claim.
+        assert not {'Weights', 'Results'} & model.keys()
 
 
 def build(name, **overrides):
@@ -57,23 +70,60 @@ def classification_batch(num_classes):
     return dict(inputs=torch.rand(2, 3, 64, 64) * 255, data_samples=samples)
 
 
+def detection_batch(num_classes):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+
+    samples = []
+    for _ in range(2):
+        sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+        mask = np.zeros((1, 64, 64), np.uint8)
+        mask[:, 8:40, 4:44] = 1
+        sample.gt_instances = InstanceData(
+            bboxes=HorizontalBoxes(torch.tensor([[4.0, 8.0, 44.0, 40.0]])),
+            labels=torch.randint(num_classes, (1,)),
+            masks=BitmapMasks(mask, 64, 64),
+        )
+        sample.ignored_instances = InstanceData(
+            bboxes=HorizontalBoxes(torch.zeros(0, 4)), labels=torch.zeros(0).long()
+        )
+        samples.append(sample)
+    images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
+    return dict(inputs=images, data_samples=samples)
+
+
+# Framework: settings that make its models small, the head that knows the classes,
+# the maker of a batch.
+TRAINING = {
+    'mmpretrain': ({}, lambda model: model.head, classification_batch),
+    'mmseg': (
+        {'data_preprocessor.size': (64, 64), 'decode_head.channels': 16},
+        lambda model: model.decode_head,
+        segmentation_batch,
+    ),
+    'mmdet': (
+        {'roi_head.bbox_head.fc_out_channels': 16, 'rpn_head.feat_channels': 16},
+        lambda model: model.roi_head.bbox_head,
+        detection_batch,
+    ),
+}
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_one_training_step(name):
-    segments = name.startswith('upernet')
+    scope = Config.fromfile(CONFIGS / f'{name}.py').default_scope
+    smaller, head_of, make_batch = TRAINING[scope]
     # Stochastic depth may leave out a block, whose parameters then stay.
-    narrow = {'model.backbone.num_keys': 10, 'model.backbone.drop_path_rate': 0.0}
-    if segments:
-        narrow['model.data_preprocessor.size'] = (64, 64)
-        narrow['model.decode_head.channels'] = 16
-    cfg, model = build(name, **narrow)
+    smaller = {'backbone.num_keys': 10, 'backbone.drop_path_rate': 0.0, **smaller}
+    cfg, model = build(name, **{f'model.{key}': v for key, v in smaller.items()})
     optim_wrapper = Runner.build_optim_wrapper(
         type('Runner', (), dict(model=model))(), cfg.optim_wrapper
     )
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    make_batch = segmentation_batch if segments else classification_batch
-    head = model.decode_head if segments else model.head
     model.train()
-    losses = model.train_step(make_batch(head.num_classes), optim_wrapper)
+    batch = make_batch(head_of(model).num_classes)
+    losses = model.train_step(batch, optim_wrapper)
     assert np.isfinite(losses['loss'].item())
     still = [k for k, p in model.named_parameters() if torch.equal(p, before[k])]
     # A bias before a batch norm has no gradient but rounding.
@@ -90,6 +140,15 @@ def test_what_users_rely_on(name):
     assert 'tta_model' in cfg
 
 
+def check_flops(name, counter, published, params):
+    """Against the published figure, and the index against both."""
+    flops = counter.get_total_flops() / 2  # torch counts two for each multiply-add
+    assert flops / 1e9 == pytest.approx(published, rel=0.015)
+    metadata = INDEX[name]['Metadata']
+    assert metadata['FLOPs'] == pytest.approx(flops, rel=2e-4)
+    assert metadata['Parameters'] == params * 1e6
+
+
 @pytest.mark.parametrize('variant', UPERNET)
 def test_upernet_of_table_3(variant):
     _, model = build(f'upernet_dgt_{variant}_ade20k')
@@ -98,8 +157,23 @@ def test_upernet_of_table_3(variant):
     model = model.to('meta').eval()  # FLOPs follow from shapes; nothing is computed
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model._forward(torch.empty(1, 3, 512, 2048, device='meta'))
-    # torch counts two for each multiply-add.
-    assert counter.get_total_flops() / 2e9 == pytest.approx(flops, rel=0.015)
+    check_flops(f'upernet_dgt_{variant}_ade20k', counter, flops, params)
+
+
+@pytest.mark.parametrize('variant', MASK_RCNN)
+def test_mask_rcnn_of_table_4(variant):
+    _, model = build(f'mask_rcnn_dgt_{variant}_1x_coco')
+    params, flops = MASK_RCNN[variant]
+    ours = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(ours) == params
+    model = model.to('meta').eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = model.extract_feat(torch.empty(1, 3, 800, 1280, device='meta'))
+        model.rpn_head(features)
+        # 1000 proposals, and masks for the 100 best boxes.
+        model.roi_head.bbox_head(torch.empty(1000, 256, 7, 7, device='meta'))
+        model.roi_head.mask_head(torch.empty(100, 256, 14, 14, device='meta'))
+    check_flops(f'mask_rcnn_dgt_{variant}_1x_coco', counter, flops, round(ours, 1))
 
 
 @pytest.mark.parametrize('variant', CLASSIFIERS)
@@ -107,6 +181,8 @@ def test_classifier_of_table_1(variant):
     _, model = build(f'dgt_{variant}_in1k')
     params = sum(p.numel() for p in model.parameters()) / 1e6
     assert round(params, 2) == CLASSIFIERS[variant]
+    metadata = INDEX[f'dgt_{variant}_in1k']['Metadata']
+    assert metadata['Parameters'] == CLASSIFIERS[variant] * 1e6
 
 
 def test_multi_scale_as_in_mmsegmentation():
