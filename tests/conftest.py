@@ -99,6 +99,7 @@ def on_two_ranks(tmp_path_factory):
 
 
 def _join_group(store, rank):
+    os.environ['LOCAL_RANK'] = str(rank)  # as torchrun sets it
     torch.distributed.init_process_group(
         'gloo', store, timedelta(minutes=1), world_size=2, rank=rank
     )

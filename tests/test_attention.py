@@ -124,23 +124,3 @@ def test_centroids_stay_in_float32_under_autocast():
     assert layer.group_sums.dtype == layer.centroids.dtype == torch.float32
     update_centroids(layer, 0.1)
     torch.testing.assert_close(layer.centroids.norm(dim=-1), torch.ones(2, 4))
-
-
-def _train(batches):
-    torch.manual_seed(3)
-    layer = DynamicGroupAttention(16, 2, num_groups=6, num_keys=5).train()
-    for batch in batches:
-        layer(batch)
-        update_centroids(layer, 0.1)
-    return layer.centroids
-
-
-def _train_on_part(batches):
-    return _train(batches[:, torch.distributed.get_rank() :: 2])
-
-
-def test_two_processes_equal_one_with_all_images(on_two_ranks):
-    images = torch.randn(3, 4, 20, 16)
-    first, second = on_two_ranks(_train_on_part, images)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, _train(images))
