@@ -1,6 +1,8 @@
 """Several processes: on the CPU and joined by gloo, as on GPUs by NCCL."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import REPOSITORY, free_port
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
-from test_hooks import Images, Model
+from test_hooks import LOADER, Images, Model
 from test_tools import TINY
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +53,7 @@ def trained(demo_data, run_tool, tmp_path_factory):
         environment = dict(
             CUDA_VISIBLE_DEVICES='',
             PORT=str(free_port()),
-            PYTHONPATH=f'{REPOSITORY}:{REPOSITORY / "tests"}',
+            PYTHONPATH=os.pathsep.join(sys.path),  # to this file too
         )
         options = ('--cfg-options', f'data_root={demo_data}/ade20k', *TINY)
         return run_tool(tool, config, *args, *options, cwd=folder, **environment)
@@ -103,6 +105,53 @@ def test_evaluation_in_parts_gives_the_figures_of_the_whole(trained):
         )
         figures.append(json.loads((out / 'metrics.json').read_text()))
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ('script', 'arguments'),
+    [
+        ('dist_train.sh', 'CONFIG GPUS'),
+        ('dist_test.sh', 'CONFIG CHECKPOINT GPUS'),
+        ('slurm_train.sh', 'PARTITION JOB_NAME CONFIG'),
+        ('slurm_test.sh', 'PARTITION JOB_NAME CONFIG CHECKPOINT'),
+    ],
+)
+def test_a_script_names_what_it_misses(run_tool, script, arguments):
+    result = run_tool(script, *arguments.split()[1:], check=False)
+    assert result.returncode == 2
+    assert f'tools/{script} {arguments} [options' in result.stderr
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_what_slurm_is_asked_for(run_tool, tmp_path, tool):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    command = ['config.py', *['epoch.pth'] * (tool == 'test')]
+    options = ['--amp', '--work-dir', 'a b']
+    result = run_tool(
+        f'slurm_{tool}.sh',
+        *('gpu', 'dgt', *command, *options),
+        PATH=f'{tmp_path}:{os.environ["PATH"]}',
+        GPUS='16',
+        SRUN_ARGS='--quiet --time=5',
+    )
+    asked = result.stdout.splitlines()
+    program = asked.index(sys.executable)
+    assert set(asked[:program]) == {
+        '--partition=gpu',
+        '--job-name=dgt',
+        '--ntasks=16',
+        '--ntasks-per-node=8',
+        '--gres=gpu:8',
+        '--cpus-per-task=5',
+        '--kill-on-bad-exit=1',
+        '--quiet',
+        '--time=5',
+    }
+    path = str(REPOSITORY / f'tools/{tool}.py')
+    expected = ['-u', path, *command, '--launcher', 'slurm', *options]
+    assert asked[program + 1 :] == expected
 
 
 def train(images, out_indices):
@@ -168,7 +217,7 @@ def test_a_process_without_queries_harms_nobody(on_two_ranks, nothing):
 
 
 def train_sharded(work_dir):
-    """Two iterations of two images for each process; see test_hooks for the rest."""
+    """Two iterations; the processes' shares of the parameters, and the buffers."""
     runner = FlexibleRunner(
         model=make_model(),
         work_dir=work_dir,
@@ -179,13 +228,7 @@ def train_sharded(work_dir):
                 type='MMFullyShardedDataParallel', device_id=torch.device('cpu')
             ),
         ),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=0,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=Images(),
-        ),
+        train_dataloader=LOADER,
         train_cfg=dict(by_epoch=False, max_iters=2),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=2.0)),
         custom_hooks=[dict(type='CentroidHook')],
@@ -194,8 +237,8 @@ def train_sharded(work_dir):
         default_scope='mmengine',
     )
     runner.train()
-    model = runner.model
-    return {k: x for k, x in model.module.named_buffers() if 'centroids' in k}
+    size = sum(p.numel() for p in runner.model.parameters())
+    return size, dict(runner.model.module.named_buffers())
 
 
 def make_model():
@@ -209,8 +252,9 @@ def make_model():
 def test_fully_sharded_training_moves_centroids_as_one_process_does(
     on_two_ranks, tmp_path
 ):
-    first, second = on_two_ranks(train_sharded, str(tmp_path))
+    (size, first), (rest, second) = on_two_ranks(train_sharded, str(tmp_path))
     model = make_model()
+    assert size and rest and size + rest == sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
     images = torch.stack([Images()[i]['images'] for i in range(8)])
     for batch in images.chunk(2):
