@@ -1,7 +1,11 @@
+import contextlib
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,14 +29,20 @@ def repository():
 def run_tool():
     """Run a command of tools/ as a user does, in a process of its own."""
 
-    def run(tool, *args, cwd=REPOSITORY, check=True):
-        command = [sys.executable, str(REPOSITORY / 'tools' / tool), *map(str, args)]
+    def run(tool, *args, cwd=REPOSITORY, check=True, **environment):
+        interpreter = [sys.executable] if tool.endswith('.py') else []
+        command = [*interpreter, str(REPOSITORY / 'tools' / tool), *map(str, args)]
         result = subprocess.run(
             command,
             cwd=cwd,
             capture_output=True,
             text=True,
-            env={**os.environ, 'PYTHONWARNINGS': 'ignore'},
+            env={
+                **os.environ,
+                'PYTHON': sys.executable,
+                'PYTHONWARNINGS': 'ignore',
+                **environment,
+            },
         )
         if check and result.returncode:
             raise AssertionError(f'{command}\n{result.stdout}\n{result.stderr}')
@@ -62,8 +72,34 @@ def ade20k_sample():
     return folder
 
 
-@pytest.fixture
 def free_port():
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='session')
+def on_two_ranks(tmp_path_factory):
+    """Call a function in the two processes of a gloo group, get both results."""
+    store = tmp_path_factory.mktemp('group') / 'store'
+    spawn = multiprocessing.get_context('spawn')
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                ProcessPoolExecutor(1, spawn, _join_group, (f'file://{store}', rank))
+            )
+            for rank in range(2)
+        ]
+
+        def call(function, *args):
+            results = [rank.submit(function, *args) for rank in ranks]
+            return [result.result() for result in results]
+
+        yield call
+
+
+def _join_group(store, rank):
+    os.environ['LOCAL_RANK'] = str(rank)  # as torchrun sets it
+    torch.distributed.init_process_group(
+        'gloo', store, timedelta(minutes=1), world_size=2, rank=rank
+    )

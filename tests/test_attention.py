@@ -4,7 +4,6 @@ import loops
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from mmdgt.models import DynamicGroupAttention, GlobalAttention, update_centroids
@@ -125,33 +124,3 @@ def test_centroids_stay_in_float32_under_autocast():
     assert layer.group_sums.dtype == layer.centroids.dtype == torch.float32
     update_centroids(layer, 0.1)
     torch.testing.assert_close(layer.centroids.norm(dim=-1), torch.ones(2, 4))
-
-
-def _train_on_part(rank, port, images, folder):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
-    )
-    layer = _layer()
-    for part in images:
-        layer(part[rank::2])
-        update_centroids(layer, 0.1)
-    torch.save(layer.centroids, f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
-
-
-def _layer():
-    torch.manual_seed(3)
-    return DynamicGroupAttention(16, 2, num_groups=6, num_keys=5).train()
-
-
-def test_two_processes_equal_one_with_all_images(tmp_path, free_port):
-    images = torch.randn(3, 4, 20, 16)
-    mp.spawn(_train_on_part, (free_port, images, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
-    assert torch.equal(first, second)
-
-    alone = _layer()
-    for batch in images:
-        alone(batch)
-        update_centroids(alone, 0.1)
-    torch.testing.assert_close(first, alone.centroids)

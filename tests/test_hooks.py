@@ -34,19 +34,22 @@ class Images(Dataset):
         return {'images': torch.randn(3, 32, 32, generator=generator)}
 
 
+LOADER = dict(
+    batch_size=2,
+    num_workers=0,
+    collate_fn=dict(type='default_collate'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=Images(),
+)
+
+
 def make_runner(work_dir, max_iters=4, resume=False, **centroid_hook):
     torch.manual_seed(0)  # the model is built before the Runner seeds
     return Runner(
         randomness=dict(seed=0),
         model=Model(),
         work_dir=str(work_dir),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=0,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=Images(),
-        ),
+        train_dataloader=LOADER,
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=2.0)),
         param_scheduler=dict(

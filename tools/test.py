@@ -5,10 +5,11 @@ from pathlib import Path
 
 import mmengine
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
-from mmengine.runner import Runner
 
 from mmdgt.engine.config import check_data, load_config, make_parser
+from mmdgt.engine.runner import build_runner
 
 
 def enable_tta(cfg: Config) -> None:
@@ -64,12 +65,13 @@ def main() -> None:
     if args.show or args.show_dir:
         enable_visualization(cfg, args.show, args.show_dir)
 
-    runner = Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.out and not segmentation:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()
     name = 'metrics_tta.json' if args.tta else 'metrics.json'
-    mmengine.dump(metrics, str(Path(cfg.work_dir, name)), indent=2)
+    if is_main_process():
+        mmengine.dump(metrics, str(Path(cfg.work_dir, name)), indent=2)
 
 
 if __name__ == '__main__':

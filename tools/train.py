@@ -1,9 +1,7 @@
 """Train a model: python tools/train.py CONFIG."""
 
-from mmengine.model import revert_sync_batchnorm
-from mmengine.runner import Runner
-
 from mmdgt.engine.config import check_data, load_config, make_parser
+from mmdgt.engine.runner import build_runner
 
 
 def main() -> None:
@@ -36,11 +34,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
-    runner = Runner.from_cfg(cfg)
-    if not runner.distributed:
-        # SyncBN needs a process group; alone, it is BN.
-        runner.model = revert_sync_batchnorm(runner.model)
-    runner.train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import update_centroids
 
@@ -59,7 +59,7 @@ class CentroidHook(Hook):
         # Parameter groups may scale the rate; base_lr is the one before that.
         tau = self.factor * learning_rates.get('base_lr', learning_rates['lr'])[0]
         keep = 1 - tau if self.mirrored else tau
-        group_counts = update_centroids(runner.model, keep, self.reseed)
+        group_counts = update_centroids(_unwrap(runner.model), keep, self.reseed)
         if group_counts and self.every_n_train_iters(runner, self.interval):
             self._report(runner, group_counts)
 
@@ -74,6 +74,11 @@ class CentroidHook(Hook):
         live, largest = zip(*usage.values(), strict=True)
         runner.message_hub.update_scalar('train/live_groups', min(live))
         runner.message_hub.update_scalar('train/largest_group', max(largest))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model as the config describes it, without DDP or FSDP around it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def group_usage(counts: Tensor) -> tuple[float, float]:
@@ -155,8 +160,7 @@ class LabelCheckHook(Hook):
         self._check(runner, data_batch)
 
     def _check(self, runner: Runner, data_batch: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        head = getattr(model, 'decode_head', None)
+        head = getattr(_unwrap(runner.model), 'decode_head', None)
         for sample in data_batch['data_samples'] if head is not None else ():
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]

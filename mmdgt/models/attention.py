@@ -159,6 +159,8 @@ def update_centroids(
         if reseed and counts.any():
             moved = _split_largest(moved, counts)
         layer.centroids.copy_(moved)
+        # A process that skips the next iteration adds nothing to it.
+        layer.group_sums.zero_()
         layer.group_counts.zero_()
         group_counts[name] = counts
     return group_counts

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Evaluate a checkpoint on a slurm cluster.
+set -euo pipefail
+
+if [[ $# -lt 4 ]]; then
+    echo "Usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]" >&2
+    echo "Environment: GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=" >&2
+    exit 2
+fi
+GPUS=${GPUS:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
+# SRUN_ARGS holds several words.
+# shellcheck disable=SC2086
+exec srun --partition="$1" --job-name="$2" \
+    --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE" \
+    --gres=gpu:"$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+    "${PYTHON:-python}" -u "$(dirname "$0")/test.py" "$3" "$4" --launcher slurm "${@:5}"
