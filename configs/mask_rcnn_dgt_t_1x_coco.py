@@ -5,4 +5,4 @@ _base_ = [
     '_base_/schedules/detection_1x.py',
     '_base_/runtime.py',
 ]
-custom_imports = dict(imports=['mmdgt', 'mmdgt.engine.instance_tta'])
+custom_imports = dict(imports=['mmdgt', 'mmdgt.detection'])

@@ -38,9 +38,11 @@ def test_the_index_lists_every_config_for_real_data():
         assert not {'Weights', 'Results'} & model.keys()
 
 
-def build(name, **overrides):
+def build(name, arch=None, **overrides):
     cfg = Config.fromfile(CONFIGS / f'{name}.py')
     cfg.merge_from_dict(overrides)
+    if arch:
+        cfg.model.backbone.arch = arch
     init_default_scope(cfg.default_scope)
     if 'data_preprocessor' in cfg:  # as the Runner hands it over
         cfg.model.data_preprocessor = {

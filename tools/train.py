@@ -1,5 +1,7 @@
 """Train a model: python tools/train.py CONFIG."""
 
+from mmengine.device import get_device
+
 from mmdgt.engine.config import check_data, load_config, make_parser
 from mmdgt.engine.runner import build_runner
 
@@ -15,7 +17,12 @@ def main() -> None:
         help='go on from a checkpoint, by default from the latest in the work dir',
     )
     parser.add_argument(
-        '--amp', action='store_true', help='train in automatic mixed precision'
+        '--amp',
+        nargs='?',
+        const='float16',
+        choices=('float16', 'bfloat16'),
+        help='train in automatic mixed precision, float16 by default; on a CPU'
+        ' only bfloat16 works',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -25,9 +32,11 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(args)
     check_data(cfg, 'train_dataloader', *['val_dataloader'] * bool(cfg.val_cfg))
+    if args.amp == 'float16' and get_device() == 'cpu':
+        parser.error('--amp float16 needs a GPU; here use --amp bfloat16')
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        wrappers = dict(float16='AmpOptimWrapper', bfloat16='BFloat16OptimWrapper')
+        cfg.optim_wrapper.type = wrappers[args.amp]
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     if args.resume:

@@ -2,7 +2,14 @@
 
 from .flops import register_flop_counters
 from .hooks import CentroidHook, LabelCheckHook, PlainCheckpointHook, group_usage
+from .optim import BFloat16OptimWrapper
 
 register_flop_counters()
 
-__all__ = ['CentroidHook', 'LabelCheckHook', 'PlainCheckpointHook', 'group_usage']
+__all__ = [
+    'BFloat16OptimWrapper',
+    'CentroidHook',
+    'LabelCheckHook',
+    'PlainCheckpointHook',
+    'group_usage',
+]

@@ -1,4 +1,6 @@
 # Mask R-CNN on DGT-T. DGT-S and DGT-B change the arch and the channels.
+# torchvision's RoIAlign is the same as mmcv's, and takes bfloat16 too.
+roi_align = dict(type='RoIAlign', sampling_ratio=0, use_torchvision=True)
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
@@ -20,7 +22,7 @@ model = dict(
         type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5
     ),
     rpn_head=dict(
-        type='RPNHead',
+        type='FloatRPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
@@ -41,7 +43,7 @@ model = dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
             type='SingleRoIExtractor',
-            roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+            roi_layer=dict(**roi_align, output_size=7),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
@@ -62,7 +64,7 @@ model = dict(
         ),
         mask_roi_extractor=dict(
             type='SingleRoIExtractor',
-            roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
+            roi_layer=dict(**roi_align, output_size=14),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),

@@ -8,7 +8,7 @@ from mmdet.structures import DetDataSample
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from mmdgt.engine.instance_tta import InstanceTTAModel
+from mmdgt.detection import InstanceTTAModel
 
 H, W = 20, 30
 
