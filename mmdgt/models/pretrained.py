@@ -117,7 +117,8 @@ def read_weights(file: str, map_location: str) -> dict[str, Tensor]:
             f' {error}. None starts from random weights'
         ) from error
     except Exception as error:  # of what kind depends on where the reading stopped
-        cause = str(error).rpartition('WeightsUnpickler error: ')[2].split('. ')[0]
+        cause = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
+        cause = (cause or repr(error)).splitlines()[0].split('. ')[0]
         raise ValueError(
             f'{file} is damaged, is no checkpoint or holds more than plain data:'
             f' {cause}. Copy it again; or, if you trust it, keep its weights alone:'
