@@ -1,4 +1,4 @@
-# make train, make test: everything on a fresh machine, from the virtual environment
+# make train, make train-classification, make test: everything on a fresh machine, from the virtual environment
 # to the result. What is there already is used again.
 PYTHON ?= python3
 VENV := .venv
@@ -15,16 +15,22 @@ DATA := data/demo
 DEMO := configs/upernet_dgt_t_demo.py
 DEMO_DIR := work_dirs/upernet_dgt_t_demo
 CHECKPOINT := $(DEMO_DIR)/iter_650.pth
+CLASSIFIER := configs/dgt_t_demo.py
+CLASSIFIER_DIR := work_dirs/dgt_t_demo
+CLASSIFIER_CHECKPOINT := $(CLASSIFIER_DIR)/epoch_2.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 # Threads that wait long give their core away: spinning, two threads on two cores
 # stall whenever another process takes one of them.
 export GOMP_SPINCOUNT := 20000
 
-.PHONY: train test lint gpu-check sanitize clean
+.PHONY: train train-classification test lint gpu-check sanitize clean
 
 train: $(DEMO_DIR)/metrics.json $(DEMO_DIR)/metrics_tta.json
 	@$(RUN) -W ignore tools/demo_report.py $(DEMO) $(CHECKPOINT)
+
+train-classification: $(CLASSIFIER_DIR)/metrics.json
+	@echo 'accuracy: '; cat $<; echo; echo 'checkpoint: $(CLASSIFIER_CHECKPOINT)'
 
 test: $(VENV)/others
 	$(RUN) -m pytest
@@ -55,8 +61,14 @@ $(DEMO_DIR)/metrics_tta.json: $(CHECKPOINT)
 $(CHECKPOINT): $(DEMO) | $(VENV)/mmdgt $(DATA)
 	$(RUN) -W ignore tools/train.py $(DEMO) --resume
 
-$(DATA): | $(VENV)/mmdgt
-	$(RUN) tools/make_demo_data.py --out $@
+$(CLASSIFIER_DIR)/metrics.json: $(CLASSIFIER_CHECKPOINT)
+	$(RUN) -W ignore tools/test.py $(CLASSIFIER) $<
+
+$(CLASSIFIER_CHECKPOINT): $(CLASSIFIER) | $(VENV)/others $(DATA)/imagenet
+	$(RUN) -W ignore tools/train.py $(CLASSIFIER) --resume
+
+$(DATA) $(DATA)/imagenet: | $(VENV)/mmdgt
+	$(RUN) tools/make_demo_data.py --out $(DATA)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

@@ -63,7 +63,7 @@ def uper_net(**backbone):
 
 
 def mask_rcnn(init_cfg, **backbone):
-    pytest.importorskip('mmdet')
+    pytest.importorskip('mmdet.models')
     cfg = Config.fromstring(
         "_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'", '.py'
     )
