@@ -67,7 +67,7 @@ def mask_rcnn(init_cfg, **backbone):
     cfg = Config.fromstring(
         "_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'", '.py'
     )
-    cfg.model.neck.in_channels = DIMS
+    cfg.model.neck.in_channels = list(DIMS)
     cfg.model.backbone = dict(type='DGT', arch=ARCH, init_cfg=init_cfg, **backbone)
     init_default_scope('mmdet')
     return MODELS.build(cfg.model)
