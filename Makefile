@@ -12,19 +12,35 @@ SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
 OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 pytest ruff
 
 DATA := data/demo
-DEMO := configs/upernet_dgt_t_demo.py
-DEMO_DIR := work_dirs/upernet_dgt_t_demo
-CHECKPOINT := $(DEMO_DIR)/iter_650.pth
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 # Threads that wait long give their core away: spinning, two threads on two cores
 # stall whenever another process takes one of them.
 export GOMP_SPINCOUNT := 20000
 
-.PHONY: train test lint gpu-check sanitize clean
+.PHONY: train train-classification train-detection test lint gpu-check sanitize clean
 
-train: $(DEMO_DIR)/metrics.json $(DEMO_DIR)/metrics_tta.json
-	@$(RUN) -W ignore tools/demo_report.py $(DEMO) $(CHECKPOINT)
+# Training, evaluation with and without augmentation, summary of a demo. Arguments:
+# target, config, its last checkpoint, what has to be there first.
+# --resume goes on where an interrupted run stopped.
+define demo
+$(1): work_dirs/$(2)/metrics.json work_dirs/$(2)/metrics_tta.json
+	@$(RUN) -W ignore tools/demo_report.py configs/$(2).py work_dirs/$(2)/$(3)
+
+work_dirs/$(2)/metrics.json: work_dirs/$(2)/$(3)
+	$(RUN) -W ignore tools/test.py configs/$(2).py $$<
+
+work_dirs/$(2)/metrics_tta.json: work_dirs/$(2)/$(3)
+	$(RUN) -W ignore tools/test.py configs/$(2).py $$< --tta
+
+work_dirs/$(2)/$(3): configs/$(2).py | $(4)
+	$(RUN) -W ignore tools/train.py $$< --resume
+endef
+$(eval $(call demo,train,upernet_dgt_t_demo,iter_650.pth,$(VENV)/mmdgt $(DATA)))
+$(eval $(call demo,train-classification,dgt_t_demo,epoch_2.pth,$(VENV)/others $(DATA)))
+# The detector starts from the classifier.
+$(eval $(call demo,train-detection,mask_rcnn_dgt_t_demo,epoch_3.pth,$(VENV)/others \
+  $(DATA) work_dirs/dgt_t_demo/epoch_2.pth))
 
 test: $(VENV)/others
 	$(RUN) -m pytest
@@ -45,16 +61,6 @@ sanitize: $(VENV)/others
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 	  $(RUN) -m pytest tests/test_ops_cpu.py
 
-$(DEMO_DIR)/metrics.json: $(CHECKPOINT)
-	$(RUN) -W ignore tools/test.py $(DEMO) $(CHECKPOINT)
-
-$(DEMO_DIR)/metrics_tta.json: $(CHECKPOINT)
-	$(RUN) -W ignore tools/test.py $(DEMO) $(CHECKPOINT) --tta
-
-# --resume goes on where an interrupted run stopped.
-$(CHECKPOINT): $(DEMO) | $(VENV)/mmdgt $(DATA)
-	$(RUN) -W ignore tools/train.py $(DEMO) --resume
-
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@
 
@@ -74,7 +80,11 @@ $(VENV)/mmdgt: $(VENV)/mmseg pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
+# mmdetection needs mmcv's operators. A wheel without them may lie in pip's cache.
 $(VENV)/others: $(VENV)/mmdgt
+	$(PIP) --no-build-isolation --no-deps --force-reinstall $(MMCV)
+	$(RUN) -c 'import mmcv._ext' || $(PIP) --no-build-isolation --no-deps \
+	  --force-reinstall --no-cache-dir $(MMCV)
 	$(PIP) $(OTHERS)
 	@touch $@
 

@@ -194,6 +194,53 @@ def test_multi_scale_as_in_mmsegmentation():
     assert [flip.prob for flip in flips] == [0.0, 1.0]
 
 
+def leaves(node, path=''):
+    """Every setting of a config by its path, the scopes apart."""
+    if not isinstance(node, (dict, list, tuple)):
+        return {path: node}
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    return {
+        key: value
+        for name, below in items
+        if name != '_scope_'
+        for key, value in leaves(below, f'{path}.{name}').items()
+    }
+
+
+def test_the_imagenet_recipe_is_that_of_swin():
+    pytest.importorskip('mmpretrain')
+    base = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
+    swin = Config.fromstring(f'_base_ = {base!r}', '.py')
+    ours = Config.fromfile(CONFIGS / 'dgt_t_in1k.py')
+    for name in ('param_scheduler', 'optim_wrapper', 'train_pipeline', 'test_pipeline'):
+        theirs = leaves(swin[name])
+        # What is of their model alone, and a default that we leave unsaid.
+        theirs = {
+            key: value
+            for key, value in theirs.items()
+            if '_position_' not in key and '_pos_' not in key and key[-4:] != '.eps'
+        }
+        assert theirs.items() <= leaves(ours[name]).items(), name
+    for name in ('data_preprocessor', 'train_cfg'):
+        assert leaves(swin[name]) == leaves(ours[name]), name
+    assert leaves(swin.model.train_cfg) == leaves(ours.model.train_cfg)
+    assert leaves(swin.model.head.loss) == leaves(ours.model.head.loss)
+    # Theirs on 16 GPUs.
+    base_batch_size = ours.auto_scale_lr.base_batch_size
+    assert base_batch_size == 16 * swin.train_dataloader.batch_size
+    assert base_batch_size == swin.auto_scale_lr.base_batch_size
+    assert base_batch_size == 8 * ours.train_dataloader.batch_size
+
+
+def test_the_demo_classifies_what_the_demo_data_hold(demo_data):
+    cfg = Config.fromfile(CONFIGS / 'dgt_t_demo.py')
+    for split in ('train', 'val'):
+        folders = sorted(
+            path.name for path in (demo_data / 'imagenet' / split).iterdir()
+        )
+        assert list(cfg.classes) == folders
+
+
 def test_demo_config_names_what_the_demo_data_hold(demo_data):
     cfg = Config.fromfile(CONFIGS / 'upernet_dgt_t_demo.py')
     meta = json.loads((demo_data / 'meta.json').read_text())

@@ -65,7 +65,7 @@ def test_meta_names_a_colour_for_every_class(data):
 
 
 @pytest.mark.parametrize(('coco', 'ade', 'count'), SPLITS)
-def test_both_layouts_show_the_same_pictures(data, coco, ade, count):
+def test_segmentation_and_detection_show_the_same_pictures(data, coco, ade, count):
     labels = label_maps(data, ade)
     images = instances(data, coco)['images']
     assert len(labels) == len(images) == count
@@ -133,6 +133,37 @@ def outlined(mask):
         return mask_api.decode(mask_api.frPyObjects(found, *mask.shape))[..., 0]
     assert found['size'] == list(mask.shape) and sum(found['counts']) == mask.size
     return mask_api.decode(mask_api.frPyObjects(found, *mask.shape))
+
+
+@pytest.mark.parametrize(('coco', 'ade', 'count'), SPLITS)
+def test_crops_show_one_shape_in_its_surroundings(data, coco, ade, count):
+    found = instances(data, coco)
+    names = {category['id']: category['name'] for category in found['categories']}
+    folder = data / 'imagenet' / coco
+    assert {path.name for path in folder.iterdir()} == set(names.values())
+    crops = {int(p.stem.split('_')[-1]): p for p in sorted(folder.rglob('*.jpg'))}
+    for annotation in found['annotations']:
+        x, y, width, height = annotation['bbox']
+        recognisable = min(width, height) >= SIZE / 8 and not annotation['iscrowd']
+        assert recognisable == (annotation['id'] in crops)
+        if not recognisable:
+            continue
+        path = crops[annotation['id']]
+        image = f'{coco}_{annotation["image_id"]:05d}'
+        assert path.stem == f'{image}_{annotation["id"]}'
+        assert path.parent.name == names[annotation['category_id']]
+        crop = cv2.imread(str(path))
+        side = min(round(1.25 * max(width, height)), SIZE)
+        assert crop.shape == (side, side, 3)
+        if annotation['id'] % 10:  # looking for the crop takes time
+            continue
+        scene = cv2.imread(str(data / 'ade20k/images' / ade / f'{image}.jpg'))
+        distances = cv2.matchTemplate(scene, crop, cv2.TM_SQDIFF)
+        _, _, (left, top), _ = cv2.minMaxLoc(distances)
+        # The same but for the losses of JPEG.
+        assert distances.min() < 6**2 * crop.size
+        assert left <= x and x + width <= left + side
+        assert top <= y and y + height <= top + side
 
 
 @pytest.mark.parametrize('share', [0.02, 0.3, 0.5, 0.7, 0.95])

@@ -252,24 +252,6 @@ def test_drop_path_rises_to_its_rate():
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_pretrained_weights(tmp_path):
-    trained = small()
-    torch.save(
-        {'state_dict': {f'backbone.{k}': v for k, v in trained.state_dict().items()}},
-        tmp_path / 'weights.pth',
-    )
-    model = small(
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint=str(tmp_path / 'weights.pth'),
-            prefix='backbone.',
-        )
-    )
-    model.init_weights()
-    for name, x in model.state_dict().items():
-        assert torch.equal(x, trained.state_dict()[name]), name
-
-
 def test_centroids_are_unit_vectors_in_the_checkpoint():
     state = small().state_dict()
     centroids = [x for name, x in state.items() if name.endswith('centroids')]

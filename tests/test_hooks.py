@@ -43,7 +43,7 @@ LOADER = dict(
 )
 
 
-def make_runner(work_dir, max_iters=4, resume=False, **centroid_hook):
+def make_runner(work_dir, max_iters=4, resume=False, hooks={}, **centroid_hook):
     torch.manual_seed(0)  # the model is built before the Runner seeds
     return Runner(
         randomness=dict(seed=0),
@@ -58,6 +58,7 @@ def make_runner(work_dir, max_iters=4, resume=False, **centroid_hook):
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+            **hooks,
         ),
         custom_hooks=[
             dict(type='CentroidHook', **centroid_hook),
@@ -136,6 +137,36 @@ def test_checkpoints_load_safely(tmp_path):
     history = checkpoint['message_hub']['log_scalars']['train/loss']
     assert len(history['log_history']) == 2
     assert any(key.endswith('centroids') for key in checkpoint['state_dict'])
+
+
+def test_an_average_of_the_weights_has_the_centroids_of_now(tmp_path):
+    """EMA, switched on as the classification schedule says."""
+    ema = dict(type='EMAHook', momentum=0.25)
+    runner = make_runner(tmp_path, hooks=dict(ema=ema))
+    layer = runner.model.backbone.stages[0].blocks[0].attention
+    weights = []  # before every iteration
+
+    def record(layer, _):
+        weights.append(layer.proj.weight.detach().double().clone())
+
+    handle = layer.register_forward_pre_hook(record)
+    runner.train()
+    handle.remove()
+    average = weights[1]  # The average starts at the first update.
+    for weight in [*weights[2:], layer.proj.weight.detach().double()]:
+        average = 0.75 * average + 0.25 * weight
+    now = layer.centroids.clone()
+
+    runner.call_hook('before_val_epoch')
+    torch.testing.assert_close(layer.proj.weight.double(), average, rtol=0, atol=1e-6)
+    assert torch.equal(layer.centroids, now)
+
+    saved = torch.load(tmp_path / 'iter_4.pth', weights_only=True)['state_dict']
+    name = 'backbone.stages.0.blocks.0.attention'
+    torch.testing.assert_close(
+        saved[f'{name}.proj.weight'].double(), average, rtol=0, atol=1e-6
+    )
+    assert torch.equal(saved[f'{name}.centroids'], now)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):

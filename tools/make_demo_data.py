@@ -1,15 +1,17 @@
-"""Draws a small data set of textured shapes for segmentation and detection.
+"""Draws a small data set of textured shapes for all three tasks.
 
-Every scene is written once and annotated twice::
+Every scene is written once and annotated twice; cut into its shapes it serves
+classification::
 
     OUT/meta.json                                 classes, palette, parameters
     OUT/ade20k/images/{training,validation}/      *.jpg
     OUT/ade20k/annotations/{training,validation}/ *.png, 0 is unlabelled
     OUT/coco/annotations/instances_{train,val}2017.json
     OUT/coco/{train,val}2017                      links to the images above
+    OUT/imagenet/{train,val}/CLASS/               *.jpg, named SCENE_ANNOTATION
 
-``OUT/ade20k`` and ``OUT/coco`` serve as ``data_root`` where real ADE20K and COCO
-would. A label of ADE20K's layout and a ``category_id`` of COCO's are the same
+``OUT/ade20k``, ``OUT/coco`` and ``OUT/imagenet`` serve as ``data_root`` where the
+real ones would. A label of ADE20K's layout and a ``category_id`` of COCO's are the same
 number. Needs NumPy and OpenCV only; the same seed gives the same bytes.
 """
 
@@ -27,6 +29,8 @@ from demo_scenes import CLASSES, PALETTE, draw_scene
 
 MIN_SIZE = 32
 SPLITS = (('train', 'training'), ('val', 'validation'))  # COCO's, ADE20K's name
+MIN_CROP = 1 / 8  # shorter side of a shape to classify, of the image's
+MARGIN = 1.25  # side of a crop over the longer side of its shape
 
 
 def segmentation(mask):
@@ -67,6 +71,29 @@ def coco_annotation(identity, image_id, label, crowd, mask):
     )
 
 
+def crop_around(image, bbox):
+    """Cuts out a box and a margin: a square as large as the image allows.
+
+    Returns:
+        (s, s, 3) uint8, or None if the box is too small to recognise the shape.
+    """
+    x, y, width, height = bbox
+    size = len(image)
+    if min(width, height) < MIN_CROP * size:
+        return None
+    side = min(round(MARGIN * max(width, height)), size)
+    top, left = (
+        min(max(start + (extent - side) // 2, 0), size - side)
+        for start, extent in ((y, height), (x, width))
+    )
+    return image[top : top + side, left : left + side]
+
+
+def jpeg(image):
+    """Returns an image encoded as JPEG."""
+    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+
+
 def write(path, data):
     """Writes an encoded picture, or anything else as JSON."""
     if not isinstance(data, np.ndarray):
@@ -76,14 +103,17 @@ def write(path, data):
 
 
 def write_split(root, split, count, seed, size):
-    """Draws one split and writes it in both layouts."""
+    """Draws one split and writes it in the three layouts."""
     coco_name, ade_name = SPLITS[split]
     images, annotations = [], []
+    shapes = list(enumerate(CLASSES, 1))[1:]
+    crops = root / 'imagenet' / coco_name
+    for _, name in shapes:  # the folders are the classes, with pictures or without
+        (crops / name).mkdir(parents=True)
     for number in range(count):
         scene = draw_scene(seed, split, number, size)
         stem = f'{coco_name}_{number + 1:05d}'
-        jpeg = cv2.imencode('.jpg', scene.image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-        write(root / 'ade20k/images' / ade_name / f'{stem}.jpg', jpeg)
+        write(root / 'ade20k/images' / ade_name / f'{stem}.jpg', jpeg(scene.image))
         png = cv2.imencode('.png', scene.label_map())[1]
         write(root / 'ade20k/annotations' / ade_name / f'{stem}.png', png)
         image_id = number + 1
@@ -92,11 +122,15 @@ def write_split(root, split, count, seed, size):
         )
         for label, crowd, mask in scene.objects():
             identity = len(annotations) + 1
-            annotations.append(coco_annotation(identity, image_id, label, crowd, mask))
+            annotation = coco_annotation(identity, image_id, label, crowd, mask)
+            annotations.append(annotation)
+            crop = None if crowd else crop_around(scene.image, annotation['bbox'])
+            if crop is not None:
+                path = crops / CLASSES[label - 1] / f'{stem}_{identity}.jpg'
+                write(path, jpeg(crop))
         if (number + 1) % 20 == 0 or number + 1 == count:
             print(f'\r{ade_name}: {number + 1}/{count} scenes', end='', flush=True)
     print()
-    shapes = list(enumerate(CLASSES, 1))[1:]
     categories = [dict(id=label, name=name) for label, name in shapes]
     write(
         root / f'coco/annotations/instances_{coco_name}2017.json',

@@ -35,6 +35,8 @@ class CentroidHook(Hook):
             keeping its centroid (:func:`mmdgt.update_centroids`).
     """
 
+    priority = 'ABOVE_NORMAL'  # before EMAHook copies the centroids to its model
+
     def __init__(
         self, factor: float = 0.1, mirrored: bool = False, reseed: bool = False
     ) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
+from .pretrained import strict_init
 
 BATCH_NORM = dict(type='BN')
+LINEAR_INIT = dict(type='TruncNormal', layer='Linear', std=0.02)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -213,6 +214,10 @@ class DGT(BaseModule):
         drop_path_rate (float): Stochastic depth, rising linearly to this rate at
             the last block.
         init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
+            None draws linear layers from a truncated normal distribution of standard
+            deviation 0.02. ``dict(type='Pretrained', checkpoint=FILE,
+            prefix='backbone.')`` loads the backbone of any model, and raises where
+            the weights do not fit; a checkpoint of None is as if it were not there.
     """
 
     arch_zoo = {
@@ -252,9 +257,9 @@ class DGT(BaseModule):
         with_cp: bool = False,
         norm_cfg: dict = BATCH_NORM,
         drop_path_rate: float = 0.0,
-        init_cfg: Any = (dict(type='TruncNormal', layer='Linear', std=0.02),),
+        init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(strict_init(init_cfg, default=LINEAR_INIT))
         arch = self._check_arch(arch)
         dims, depths, num_heads = arch['dims'], arch['depths'], arch['num_heads']
         post_norm = arch.get('post_norm', False)

@@ -17,6 +17,9 @@ model = dict(
         num_keys=392,
         drop_path_rate=0.2,
         norm_cfg=dict(type='SyncBN'),
+        # A checkpoint of ours, such as work_dirs/dgt_t_in1k/epoch_300.pth, to start
+        # from; of None, random weights.
+        init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
     ),
     neck=dict(
         type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5

@@ -17,6 +17,9 @@ model = dict(
         num_keys=392,
         drop_path_rate=0.3,
         norm_cfg=norm_cfg,
+        # A checkpoint of ours, such as work_dirs/dgt_t_in1k/epoch_300.pth, to start
+        # from; of None, random weights.
+        init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
     ),
     decode_head=dict(
         type='UPerHead',

@@ -33,6 +33,10 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
+    # As in Swin's recipe no average of the weights (EMA); to evaluate and keep one:
+    # --cfg-options default_hooks.ema.type=EMAHook
+    # Its buffers stay the model's own (update_buffers=False): centroids are unit
+    # vectors, and an average of them would not be.
 )
 visualizer = dict(
     type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')]
