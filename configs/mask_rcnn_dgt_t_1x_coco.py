@@ -6,3 +6,4 @@ _base_ = [
     '_base_/runtime.py',
 ]
 custom_imports = dict(imports=['mmdgt', 'mmdgt.detection'])
+custom_hooks = [*_base_.custom_hooks, dict(type='NumClassCheckHook')]

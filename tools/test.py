@@ -1,5 +1,6 @@
 """Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--tta]."""
 
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def enable_tta(cfg: Config) -> None:
 
 def enable_visualization(cfg: Config, show: bool, show_dir: str | None) -> None:
     """Draw the predictions; each framework names the settings its own way."""
+    show_dir = show_dir and os.path.abspath(show_dir)  # else mmdet's lies in work_dir
     settings = {
         'mmseg': dict(draw=True, show=show),
         'mmdet': dict(draw=True, show=show, test_out_dir=show_dir),

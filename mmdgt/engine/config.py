@@ -1,7 +1,9 @@
 """What the command-line tools do to a config before the Runner gets it."""
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
 
     Raises:
         FileNotFoundError: If a folder or an annotation file is missing or empty.
+        ValueError: If the config names other classes than COCO's annotation file.
     """
     for loader in loaders:
         dataset = cfg[loader].dataset
@@ -103,3 +106,22 @@ def check_data(cfg: Config, *loaders: str) -> None:
                     f' which {state}. Put the data there, or say where they are:'
                     f' --cfg-options data_root=DIR'
                 )
+        classes = dataset.get('metainfo', {}).get('classes')
+        if dataset.type == 'CocoDataset' and classes:
+            _check_categories(loader, Path(root, parts['ann_file']), classes)
+
+
+def _check_categories(loader: str, ann_file: Path, classes: Sequence[str]) -> None:
+    """Compare classes to the categories of a file.
+
+    mmdetection drops the objects of other categories without a word, and numbers
+    the classes as they come in the file, whatever their order in the config.
+    """
+    content = json.loads(ann_file.read_text())
+    names = [category['name'] for category in content['categories']]
+    if list(classes) != [name for name in names if name in classes]:
+        raise ValueError(
+            f'{loader} of the config has the classes {tuple(classes)}, but {ann_file}'
+            f' the categories {tuple(names)}. Name in metainfo.classes those'
+            f' categories to learn, in the order of the file'
+        )
