@@ -55,13 +55,14 @@ def build(name, arch=None, **overrides):
 def segmentation_batch(num_classes):
     from mmseg.structures import SegDataSample
 
-    samples = []
+    images, samples = [], []
     for _ in range(2):
+        labels = torch.randint(num_classes, (1, 4, 4)).repeat_interleave(16, 1)
+        labels = labels.repeat_interleave(16, 2)
         sample = SegDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
-        labels = torch.randint(num_classes, (1, 64, 64))
         sample.gt_sem_seg = PixelData(data=labels)
         samples.append(sample)
-    images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
+        images.append((labels * 255 // num_classes).byte().expand(3, -1, -1))
     return dict(inputs=images, data_samples=samples)
 
 

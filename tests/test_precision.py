@@ -15,10 +15,14 @@ from mmdgt import DGT, update_centroids
 TINY = dict(
     dims=[16, 32, 48, 64], depths=(1, 1, 2, 1), num_heads=(2, 2, 3, 4), stem_dims=16
 )
-NECKS = {
-    'mmseg': ('decode_head.in_channels', 'auxiliary_head.in_channels'),
-    'mmdet': ('neck.in_channels',),
-    'mmpretrain': ('head.in_channels',),
+# What follows the backbone's widths.
+WIDTHS = {
+    'mmseg': {
+        'decode_head.in_channels': TINY['dims'],
+        'auxiliary_head.in_channels': TINY['dims'][2],
+    },
+    'mmdet': {'neck.in_channels': TINY['dims']},
+    'mmpretrain': {'head.in_channels': TINY['dims'][3]},
 }
 CONFIGS = {
     'mmseg': 'upernet_dgt_t_demo',
@@ -38,13 +42,7 @@ def test_mixed_precision_learns(framework, device, dtype):
     if device == 'cuda' and not torch.cuda.is_available():
         pytest.skip('needs a GPU')
     smaller, head_of, make_batch = TRAINING[framework]
-    widths = {
-        'decode_head.in_channels': TINY['dims'],
-        'auxiliary_head.in_channels': TINY['dims'][2],
-        'neck.in_channels': TINY['dims'],
-        'head.in_channels': TINY['dims'][3],
-    }
-    settings = {name: widths[name] for name in NECKS[framework]} | smaller
+    settings = WIDTHS[framework] | smaller
     settings['backbone.num_keys'] = 10
     settings = {f'model.{key}': value for key, value in settings.items()}
     cfg, model = build(CONFIGS[framework], TINY, **settings)
@@ -53,18 +51,18 @@ def test_mixed_precision_learns(framework, device, dtype):
     wrapper = Runner.build_optim_wrapper(
         type('Runner', (), dict(model=model))(), cfg.optim_wrapper
     )
-    seen = {}
-    model.backbone.register_forward_hook(
-        lambda module, args, out: seen.setdefault(
-            'autocast', torch.is_autocast_enabled(device)
-        )
-    )
+    dtypes = set()
+
+    def note(module, args, out):
+        dtypes.add(out.dtype)
+
+    model.backbone.stages[0].merge[0].register_forward_hook(note)
     batch = make_batch(head_of(model).num_classes)
     losses = []
     for _ in range(100):
         losses.append(model.train_step(batch, wrapper)['loss'].item())
         update_centroids(model, keep=1e-4)
-    assert seen['autocast']
+    assert dtypes == {getattr(torch, dtype)}
     assert np.isfinite(losses).all()
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert all(p.dtype == torch.float32 for p in model.parameters())

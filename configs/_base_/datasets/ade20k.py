@@ -37,7 +37,6 @@ tta_pipeline = [
         ],
     ),
 ]
-# 8 GPUs with 2 images each. On others, --auto-scale-lr adapts the learning rate.
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,

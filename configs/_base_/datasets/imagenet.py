@@ -46,7 +46,6 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
-# 8 GPUs with 128 images each. On others, --auto-scale-lr adapts the learning rate.
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,

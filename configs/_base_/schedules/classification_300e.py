@@ -1,4 +1,6 @@
 # 300 epochs of 1024 images an iteration: AdamW, 20 of warm-up, then a cosine.
+# lr is for 1024 images an iteration, 8 GPUs with 128 each. On one GPU with 128,
+# --auto-scale-lr makes it 1.25e-4.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),

@@ -1,5 +1,7 @@
 # 12 epochs of 16 images an iteration: AdamW, 1000 iterations of warm-up, a tenth of
 # the rate after 8 and after 11 epochs.
+# lr is for 16 images an iteration, 8 GPUs with 2 each. On one GPU with 2,
+# --auto-scale-lr makes it 1.25e-5.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),

@@ -1,4 +1,6 @@
 # 160k iterations of 16 images: AdamW, 1500 of warm-up, then a line down to zero.
+# lr is for 16 images an iteration, 8 GPUs with 2 each. On one GPU with 2,
+# --auto-scale-lr makes it 7.5e-6.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
