@@ -145,6 +145,13 @@ def test_no_data(repository, run_tool, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU has float16')
+def test_float16_without_a_gpu(trained, run_tool):
+    result = run_tool('train.py', *trained[1], '--amp', check=False)
+    assert result.returncode == 2
+    assert 'float16 needs a GPU; here use --amp bfloat16' in result.stderr
+
+
 def test_label_of_no_class(trained, demo_data, run_tool, tmp_path):
     _, command = trained
     data = tmp_path / 'data'
@@ -204,3 +211,53 @@ def test_classification(repository, run_tool, tmp_path):
         assert len(pickle.loads(out.read_bytes())) == 2
     metrics = json.loads((work_dir / 'metrics.json').read_text())
     assert set(metrics) == {'accuracy/top1', 'accuracy/top5'}
+
+
+def test_detection(demo_data, repository, run_tool, tmp_path):
+    """Two iterations on demo scenes, and both evaluations."""
+    config = repository / 'configs/mask_rcnn_dgt_t_demo.py'
+    overrides = (
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        f'data_root={demo_data}/coco',
+        'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=4',
+        'model.backbone.num_keys=20',
+        'model.backbone.init_cfg.checkpoint=None',
+        'model.test_cfg.rcnn.score_thr=0.0',
+        *(f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')),
+    )
+    run_tool('train.py', config, *overrides)
+    found = {}
+    for tta in (False, True):
+        out, show = tmp_path / f'{tta}.pkl', tmp_path / f'show{tta:d}'
+        run_tool(
+            'test.py',
+            config,
+            tmp_path / 'epoch_1.pth',
+            *['--tta'] * tta,
+            '--out',
+            out,
+            '--show-dir',
+            show,
+            *overrides,
+        )
+        assert len(list(show.glob('*.jpg'))) == 2
+        metrics = json.loads(
+            (tmp_path / ('metrics_tta.json' if tta else 'metrics.json')).read_text()
+        )
+        assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= metrics.keys()
+        found[tta] = pickle.loads(out.read_bytes())
+    for one, other in zip(found[False], found[True]):
+        assert one['img_id'] == other['img_id'] and one['ori_shape'] == (64, 64)
+        # A model that knows nothing finds the most there may be, in the original size.
+        for prediction in (one['pred_instances'], other['pred_instances']):
+            assert len(prediction['bboxes']) == len(prediction['masks']) == 100
+            assert prediction['masks'].shape[1:] == (64, 64)
+    run_tool('demo_report.py', config, tmp_path / 'epoch_1.pth', *overrides[2:])
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['mask AP50, multi-scale'] == 100 * metrics['coco/segm_mAP_50']
+    # Two rows of three pictures, three times as large, below the titles.
+    picture = cv2.imread(str(tmp_path / 'predictions.png'))
+    assert picture.shape == (30 + 2 * (3 * 64 + 6), 3 * (3 * 64 + 6), 3)

@@ -4,8 +4,8 @@
 its metrics beside the checkpoint, with or without ``--tta``.
 """
 
-import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,16 +13,17 @@ import mmcv
 import numpy as np
 import torch
 from benchmark_op import machine
-from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.registry import VISUALIZERS
+from mmengine.structures import BaseDataElement
 
 import mmdgt
 from mmdgt.engine import group_usage
+from mmdgt.engine.config import load_config, make_parser
+from mmdgt.engine.runner import build_runner
 from mmdgt.models import DynamicGroupAttention
 
+Predict = Callable[[dict], BaseDataElement]  # an item of the data set, with results
 ROWS = 4
 GAP = 6  # pixels between the panels
 SCALE = 3  # of the picture over the scenes
@@ -65,11 +66,11 @@ def paint(labels: torch.Tensor, palette: list) -> np.ndarray:
     return colours[labels[0].numpy()][..., ::-1]
 
 
-def draw_segmentation(dataset: BaseDataset, predict) -> np.ndarray:
+def draw_segmentation(dataset: BaseDataset, predict: Predict) -> np.ndarray:
     """Image, truth and prediction of the first scenes."""
     palette = dataset.metainfo['palette']
     rows = []
-    for index in range(ROWS):
+    for index in range(min(ROWS, len(dataset))):
         sample = predict(item := dataset[index])
         image = item['inputs'].permute(1, 2, 0).numpy()
         maps = (sample.gt_sem_seg.data, sample.pred_sem_seg.data)
@@ -78,12 +79,12 @@ def draw_segmentation(dataset: BaseDataset, predict) -> np.ndarray:
     return captioned(rows, ('image', 'truth', 'prediction'))
 
 
-def draw_detection(dataset: BaseDataset, predict) -> np.ndarray:
+def draw_detection(dataset: BaseDataset, predict: Predict) -> np.ndarray:
     """Image, true boxes and masks, predicted ones, of the first scenes."""
     visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='demo'))
     visualizer.dataset_meta = dataset.metainfo
     rows = []
-    for index in range(ROWS):
+    for index in range(min(ROWS, len(dataset))):
         item = dataset[index]
         image = enlarge(mmcv.imread(item['data_samples'].img_path))
         # Taken for the original, so that boxes and masks come out at its size.
@@ -103,7 +104,7 @@ def draw_detection(dataset: BaseDataset, predict) -> np.ndarray:
     return captioned(rows, ('image', 'truth', 'prediction'))
 
 
-def draw_classification(dataset: BaseDataset, predict) -> np.ndarray:
+def draw_classification(dataset: BaseDataset, predict: Predict) -> np.ndarray:
     """Pictures above their true and predicted class."""
     classes = dataset.metainfo['classes']
     panels = []
@@ -138,7 +139,9 @@ DRAW = {
 }
 
 
-def live_groups(model: torch.nn.Module, dataset: BaseDataset, predict) -> float:
+def live_groups(
+    model: torch.nn.Module, dataset: BaseDataset, predict: Predict
+) -> float:
     """Share of groups that get a query of the data set, in the worst layer."""
     layers = [m for m in model.modules() if isinstance(m, DynamicGroupAttention)]
     counts = [0] * len(layers)
@@ -154,19 +157,19 @@ def live_groups(model: torch.nn.Module, dataset: BaseDataset, predict) -> float:
 
 def main() -> None:
     """Predict the validation pictures, draw the first of them, print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config')
+    parser = make_parser(__doc__)
     parser.add_argument('checkpoint', type=Path)
     args = parser.parse_args()
-    cfg = Config.fromfile(args.config)
-    work_dir = args.checkpoint.parent
-    init_default_scope(cfg.default_scope)
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    load_checkpoint(model, str(args.checkpoint), map_location='cpu', strict=True)
+    args.work_dir = str(args.checkpoint.parent)
+    cfg = load_config(args)
+    work_dir = Path(cfg.work_dir)
+    runner = build_runner(cfg)
+    runner.load_checkpoint(str(args.checkpoint), strict=True)
+    model = runner.model.eval()
+    dataset = runner.build_dataloader(cfg.test_dataloader).dataset
 
     @torch.no_grad()
-    def predict(item: dict):
+    def predict(item: dict) -> BaseDataElement:
         return model.test_step(pseudo_collate([item]))[0]
 
     picture = work_dir / 'predictions.png'
