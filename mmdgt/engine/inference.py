@@ -60,8 +60,10 @@ class Predictor:
         self.pipeline = Compose(
             [t for t in dataset.pipeline if t['type'].split('.')[-1] not in LOADING]
         )
-        # Without back ends: what it draws is returned, not stored.
-        self.visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
+        # One of its own, for those of the same name are one object; without back
+        # ends, for what it draws is returned, not stored.
+        own = dict(name=f'{type(self).__name__} {id(self)}', vis_backends=None)
+        self.visualizer = VISUALIZERS.build({**cfg.visualizer, **own})
         self.visualizer.dataset_meta = self.metainfo
 
     def prepare(self, image: np.ndarray) -> dict:
