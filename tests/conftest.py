@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -49,6 +50,18 @@ def run_tool():
         return result
 
     return run
+
+
+@pytest.fixture
+def call_tool(monkeypatch):
+    """Call a command of tools/ in this process, which has the frameworks loaded."""
+
+    def call(tool, *args):
+        monkeypatch.syspath_prepend(str(REPOSITORY / 'tools'))
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
+        importlib.import_module(tool).main()
+
+    return call
 
 
 @pytest.fixture(scope='session')

@@ -207,14 +207,12 @@ def test_every_framework(tiny_models, scope):
     assert draw_groups(view, groups).shape == view.shape
 
 
-def test_the_command(tiny_models, demo_data, run_tool, tmp_path):
+def test_the_command(tiny_models, demo_data, call_tool, tmp_path):
     scene = next((demo_data / 'ade20k/images/validation').iterdir())
     out = tmp_path / 'groups.png'
-    place = ('--stage', 2, '--head', 2)
-    picks = ('--pixels', '5,60', '63,0', '--groups', 3)
-    run_tool(
-        'show_groups.py', *tiny_models['mmseg'], scene, '--out', out, *place, *picks
-    )
+    config, _ = tiny_models['mmseg']
+    what = ('--stage', 2, '--head', 2, '--pixels', '5,60', '63,0', '--groups', 3)
+    call_tool('show_groups', config, 'random', scene, '--out', out, *what)
     found = json.loads(out.with_suffix('.json').read_text())
     assert (found['stage'], found['block'], found['head']) == (2, 1, 2)
     assert found['tokens'] == sum(found['group_sizes']) == 64

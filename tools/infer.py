@@ -35,17 +35,22 @@ def find_pictures(folder: Path) -> list[Path]:
 def draw_pictures(predictor: Predictor, pictures: list[Path], out: Path) -> None:
     """Write every picture with its prediction, under its own name."""
     for path in track_iter_progress(pictures):
-        mmcv.imwrite(predictor.draw(read_image(path)), str(out / path.name))
+        name = path.name if cv2.haveImageWriter(path.name) else f'{path.name}.png'
+        mmcv.imwrite(predictor.draw(read_image(path)), str(out / name))
 
 
 def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
     """Write the video with the predictions, as MP4."""
     video = mmcv.VideoReader(str(path))
     if not video.width:
-        raise ValueError(f'{path} is damaged, or no picture or video OpenCV can read')
+        raise ValueError(
+            f'{path} is damaged, or neither a picture nor a video that OpenCV reads'
+        )
     file = out / f'{path.stem}.mp4'
     codec, size = cv2.VideoWriter_fourcc(*'mp4v'), (video.width, video.height)
     writer = cv2.VideoWriter(str(file), codec, video.fps, size)
+    if not writer.isOpened():
+        raise OSError(f'this OpenCV writes no MP4 video to {file}')
     for frame in track_iter_progress((iter(video), len(video))):
         writer.write(predictor.draw(frame))
     writer.release()
@@ -65,7 +70,7 @@ def main() -> None:
         parser.error(f'there is no file or folder {args.input}')
     folder = args.input if args.input.is_dir() else args.input.parent
     if args.out.resolve() == folder.resolve():
-        parser.error(f'--out would overwrite the input: name another folder than {folder}')
+        parser.error(f'--out must be another folder than that of the input, {folder}')
     is_video = args.input.is_file() and not cv2.haveImageReader(str(args.input))
     pictures = find_pictures(args.input) if args.input.is_dir() else [args.input]
     predictor = Predictor(Config.fromfile(args.config), args.checkpoint)
