@@ -224,9 +224,10 @@ def test_the_command(tiny_models, demo_data, call_tool, tmp_path):
 def test_what_is_no_picture(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'there is no file .*nothing\.png'):
         read_image(tmp_path / 'nothing.png')
-    (tmp_path / 'text.png').write_text('text')
-    with pytest.raises(ValueError, match=r'text\.png is damaged or no picture'):
-        read_image(tmp_path / 'text.png')
+    for text in ('text', ''):
+        (tmp_path / 'text.png').write_text(text)
+        with pytest.raises(ValueError, match=r'text\.png is damaged or no picture'):
+            read_image(tmp_path / 'text.png')
 
 
 MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def read_image(file: str | Path) -> np.ndarray:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f'expected a picture, but there is no file {file}')
-    image = mmcv.imread(str(file))
+    image = cv2.imread(str(file))
     if image is None:
         raise ValueError(
             f'{file} is damaged or no picture; expected JPEG, PNG or another format'
