@@ -73,17 +73,13 @@ def find_groups(
         ValueError: If the model has no DGT or is training, if there is no such
             stage, block or head, or if it is not one image.
     """
-    backbone = next((m for m in model.modules() if isinstance(m, DGT)), None)
-    if backbone is None:
-        raise ValueError(f'expected a model with a DGT backbone, got {type(model)}')
+    backbone, layer = _find_backbone(model), find_layer(model, stage, block, head)
     if backbone.training:
         raise ValueError('expected a model in evaluation mode: call model.eval()')
     if image.ndim != 4 or len(image) != 1:
         raise ValueError(
             f'expected one image of shape (1, C, H, W), got {tuple(image.shape)}'
         )
-    layer = _find_layer(backbone, stage, block)
-    _check_number(f'head of stage {stage}', head, layer.num_heads)
     with _recorded(layer) as choices:
         backbone(image.to(layer.centroids.device))
     ((group, keys),) = choices
@@ -93,9 +89,17 @@ def find_groups(
     return Groups(group.reshape(shape), keys, stride)
 
 
-def _find_layer(backbone: DGT, stage: int, block: int) -> DynamicGroupAttention:
-    _check_number('stage', stage, len(backbone.stages))
-    blocks = backbone.stages[stage - 1].blocks
+def find_layer(
+    model: nn.Module, stage: int, block: int, head: int
+) -> DynamicGroupAttention:
+    """The layer that :func:`find_groups` looks into, with the same arguments.
+
+    Raises:
+        ValueError: If the model has no DGT or it no such stage, block or head.
+    """
+    stages = _find_backbone(model).stages
+    _check_number('stage', stage, len(stages))
+    blocks = stages[stage - 1].blocks
     _check_number(f'block of stage {stage}', block, len(blocks))
     layer = blocks[block - 1].attention
     if not isinstance(layer, DynamicGroupAttention):
@@ -103,7 +107,15 @@ def _find_layer(backbone: DGT, stage: int, block: int) -> DynamicGroupAttention:
             f'stage {stage} has global attention, which knows no groups; choose a'
             f' stage from 1 to {stage - 1}'
         )
+    _check_number(f'head of stage {stage}', head, layer.num_heads)
     return layer
+
+
+def _find_backbone(model: nn.Module) -> DGT:
+    backbone = next((m for m in model.modules() if isinstance(m, DGT)), None)
+    if backbone is None:
+        raise ValueError(f'expected a model with a DGT backbone, got {type(model)}')
+    return backbone
 
 
 def _check_number(what: str, number: int, last: int) -> None:

@@ -258,10 +258,10 @@ class Pictures(Dataset):
         return {'inputs': torch.from_numpy(picture(index)).permute(2, 0, 1)}
 
 
-def test_the_hook_draws_the_first_picture_of_a_validation(tmp_path):
-    runner = Runner(
-        model=(model := Model()),
-        work_dir=str(tmp_path),
+def make_runner(work_dir, **hook):
+    return Runner(
+        model=Model(),
+        work_dir=str(work_dir),
         val_dataloader=dict(
             batch_size=2,
             num_workers=0,
@@ -271,10 +271,14 @@ def test_the_hook_draws_the_first_picture_of_a_validation(tmp_path):
         ),
         val_cfg=dict(),
         val_evaluator=dict(metrics=[]),
-        custom_hooks=[dict(type='GroupVisualizationHook', stage=2, head=2)],
+        custom_hooks=[dict(type='GroupVisualizationHook', **hook)],
         default_scope='mmengine',
-        experiment_name=tmp_path.name,
+        experiment_name=work_dir.name,
     )
+
+
+def test_the_hook_draws_the_first_picture_of_a_validation(tmp_path):
+    runner = make_runner(tmp_path, stage=2, head=2)
     runner.val()
     (file,) = tmp_path.rglob('vis_image/*.png')
     assert file.name == 'groups_stage2_block1_head2_0.png'
@@ -283,5 +287,10 @@ def test_the_hook_draws_the_first_picture_of_a_validation(tmp_path):
     padded[0, :, :H, :W] = torch.from_numpy((rgb - np.array(MEAN)) / STD).permute(
         2, 0, 1
     )
-    expected = draw_groups(rgb, find_groups(model, padded, stage=2, head=2))
+    expected = draw_groups(rgb, find_groups(runner.model, padded, stage=2, head=2))
     np.testing.assert_array_equal(cv2.imread(str(file))[..., ::-1], expected)
+
+
+def test_the_hook_knows_at_once_that_a_stage_has_no_groups(tmp_path):
+    with pytest.raises(ValueError, match='stage 4 has global attention'):
+        make_runner(tmp_path, stage=4).call_hook('before_run')

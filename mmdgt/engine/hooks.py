@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..models import update_centroids
-from ..visualization import draw_groups, find_groups
+from ..visualization import draw_groups, find_groups, find_layer
 from .inference import viewable
 
 
@@ -191,6 +191,10 @@ class GroupVisualizationHook(Hook):
 
     def __init__(self, stage: int = 1, block: int = 1, head: int = 1) -> None:
         self.place = dict(stage=stage, block=block, head=head)
+
+    def before_run(self, runner: Runner) -> None:
+        """Make sure now, not at the first validation, that the head is there."""
+        find_layer(_unwrap(runner.model), **self.place)
 
     def after_val_iter(
         self,
