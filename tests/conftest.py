@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -49,6 +50,18 @@ def run_tool():
         return result
 
     return run
+
+
+@pytest.fixture
+def call_tool(monkeypatch):
+    """Call a command of tools/ in this process, which has the frameworks loaded."""
+
+    def call(tool, *args):
+        monkeypatch.syspath_prepend(str(REPOSITORY / 'tools'))
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
+        importlib.import_module(tool).main()
+
+    return call
 
 
 @pytest.fixture(scope='session')
@@ -103,3 +116,49 @@ def _join_group(store, rank):
     torch.distributed.init_process_group(
         'gloo', store, timedelta(minutes=1), world_size=2, rank=rank
     )
+
+
+TINY_MODEL = """
+_base_ = '{configs}/{base}.py'
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            dims=(16, 32, 64, 64),
+            depths=(1, 1, 2, 1),
+            num_heads=(2, 2, 4, 4),
+            stem_dims=8,
+        ),
+        num_keys=20,
+    ),
+    {heads}
+)
+"""
+TINY_HEADS = {
+    'upernet_dgt_t_demo': 'decode_head=dict(in_channels=[16, 32, 64, 64], channels=16),'
+    ' auxiliary_head=dict(in_channels=64, channels=16)',
+    'mask_rcnn_dgt_t_demo': 'neck=dict(in_channels=[16, 32, 64, 64])',
+    'dgt_t_demo': 'head=dict(in_channels=64, mid_channels=[32])',
+}
+
+
+@pytest.fixture(scope='session')
+def tiny_models(tmp_path_factory):
+    """For every framework a config and a checkpoint of random weights."""
+    from mmengine.config import Config
+
+    from mmdgt.engine.inference import Predictor
+
+    torch.manual_seed(0)
+    models = {}
+    for base, heads in TINY_HEADS.items():
+        file = tmp_path_factory.mktemp('tiny') / f'{base}.py'
+        configs = REPOSITORY / 'configs'
+        file.write_text(TINY_MODEL.format(configs=configs, base=base, heads=heads))
+        cfg = Config.fromfile(file)
+        predictor = Predictor(cfg, None, 'cpu')
+        meta = dict(dataset_meta=predictor.metainfo)  # as the Runner stores it
+        checkpoint = file.with_suffix('.pth')
+        torch.save(dict(state_dict=predictor.model.state_dict(), meta=meta), checkpoint)
+        models[cfg.default_scope] = (str(file), str(checkpoint))
+    return models

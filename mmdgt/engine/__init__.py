@@ -1,7 +1,13 @@
 """What training adds to mmengine."""
 
 from .flops import register_flop_counters
-from .hooks import CentroidHook, LabelCheckHook, PlainCheckpointHook, group_usage
+from .hooks import (
+    CentroidHook,
+    GroupVisualizationHook,
+    LabelCheckHook,
+    PlainCheckpointHook,
+    group_usage,
+)
 from .optim import BFloat16OptimWrapper
 
 register_flop_counters()
@@ -9,6 +15,7 @@ register_flop_counters()
 __all__ = [
     'BFloat16OptimWrapper',
     'CentroidHook',
+    'GroupVisualizationHook',
     'LabelCheckHook',
     'PlainCheckpointHook',
     'group_usage',

@@ -13,6 +13,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..models import update_centroids
+from ..visualization import draw_groups, find_groups, find_layer
+from .inference import viewable
 
 
 @HOOKS.register_module()
@@ -174,3 +176,40 @@ class LabelCheckHook(Hook):
                     f' Mend the label map, or set num_classes of decode_head and'
                     f' auxiliary_head and the classes in the metainfo of the dataset'
                 )
+
+
+@HOOKS.register_module()
+class GroupVisualizationHook(Hook):
+    """Draws the groups of the first validation image at every validation.
+
+    The picture goes to all back ends of the visualizer, such as the folder of
+    ``LocalVisBackend`` or ``TensorboardVisBackend``.
+
+    Args:
+        stage, block, head (int): As in :func:`mmdgt.visualization.find_groups`.
+    """
+
+    def __init__(self, stage: int = 1, block: int = 1, head: int = 1) -> None:
+        self.place = dict(stage=stage, block=block, head=head)
+
+    def before_run(self, runner: Runner) -> None:
+        """Make sure now, not at the first validation, that the head is there."""
+        find_layer(_unwrap(runner.model), **self.place)
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Any = None,
+    ) -> None:
+        """Draw if it is the first batch."""
+        if batch_idx:
+            return
+        model = _unwrap(runner.model)
+        first = {key: values[:1] for key, values in data_batch.items()}
+        inputs = model.data_preprocessor(first)['inputs']
+        groups = find_groups(model, inputs, **self.place)
+        picture = draw_groups(viewable(first['inputs'][0]), groups)
+        place = '_'.join(f'{what}{number}' for what, number in self.place.items())
+        runner.visualizer.add_image(f'groups_{place}', picture, step=runner.iter)
