@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
+from .deploy import Affine, fold_norms, fold_sum
 
 BATCH_NORM = dict(type='BN')
 
@@ -49,6 +50,17 @@ class Stem(nn.Sequential):
         super().__init__(*layers)
 
 
+class CPE(nn.Conv2d):
+    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + super().forward(x)
+
+
 class PatchMerging(nn.Sequential):
     """A 3x3 convolution of stride 2 and a LayerNorm."""
 
@@ -80,8 +92,15 @@ class IRFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.norm1(self.act(self.expand(x)))
-        x = self.norm2(x + self.act(self.depthwise(x)))
+        # In place: new memory for a large map costs more than the arithmetic.
+        x = self.norm2(self.act(self.depthwise(x)).add_(x))
         return self.norm3(self.reduce(x))
+
+    def switch_to_deploy(self) -> None:
+        """Fold the batch norms."""
+        self.reduce = fold_norms(self.norm2, self.reduce, self.norm3)
+        self.norm1 = Affine(self.norm1)  # before a zero-padded convolution
+        self.norm2 = self.norm3 = nn.Identity()
 
 
 class Block(nn.Module):
@@ -109,7 +128,7 @@ class Block(nn.Module):
         with_cp: bool,
     ) -> None:
         super().__init__()
-        self.cpe = nn.Conv2d(dims, dims, 3, padding=1, groups=dims)
+        self.cpe = CPE(dims)
         self.norm1 = LayerNorm2d(dims)
         self.attention = attention
         self.norm2 = LayerNorm2d(dims)
@@ -130,7 +149,7 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe(x)  # eq. 8
+        x = self.cpe(x)  # eq. 8
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._attend(x)))
             return x + self.drop_path(self.norm2(self.ffn(x)))
@@ -276,6 +295,7 @@ class DGT(BaseModule):
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.deployed = False
 
         def attention(stage: int) -> nn.Module:
             cosine = post_norm
@@ -375,8 +395,34 @@ class DGT(BaseModule):
         for module in self._frozen():
             module.requires_grad_(False)
 
+    def switch_to_deploy(self) -> None:
+        """Fold what inference can spare, once the checkpoint is loaded.
+
+        Batch norms and the sum of eq. 8 go into the convolutions beside them. The
+        outputs stay the same up to rounding, the keys of the state dict do not, and
+        the model can be trained no more.
+
+        Raises:
+            TypeError: If ``norm_cfg`` is no batch norm.
+        """
+        self.eval().requires_grad_(False)
+        for i, layer in enumerate(self.stem):
+            if i % 3 == 2:
+                self.stem[i] = Affine(layer)
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.cpe = fold_sum(block.cpe)
+                block.ffn.switch_to_deploy()
+        self.requires_grad_(False)
+        self.deployed = True
+
     def train(self, mode: bool = True) -> 'DGT':
         """Switch the mode, except of what is frozen."""
+        if mode and self.deployed:
+            raise RuntimeError(
+                'switch_to_deploy has folded the batch norms of this DGT, so it'
+                ' cannot be trained; build another and load the checkpoint into it'
+            )
         super().train(mode)
         for module in self._frozen():
             module.eval()
