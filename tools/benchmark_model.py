@@ -173,6 +173,7 @@ def detection_samples(case: Case, device: str) -> list:
         shape = dict(
             img_shape=(H, W),
             ori_shape=(H, W),
+            pad_shape=(H, W),
             batch_input_shape=(H, W),
             scale_factor=(1.0, 1.0),
         )
