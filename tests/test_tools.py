@@ -204,3 +204,36 @@ def test_classification(repository, run_tool, tmp_path):
         assert len(pickle.loads(out.read_bytes())) == 2
     metrics = json.loads((work_dir / 'metrics.json').read_text())
     assert set(metrics) == {'accuracy/top1', 'accuracy/top5'}
+
+
+def benchmark_model(run_tool, folder, *args):
+    options = ('--rounds', 1, '--budget', 0.1, '--out', folder, *args)
+    out = run_tool('benchmark_model.py', *options).stdout
+    return json.loads((folder / 'model.json').read_text()), out
+
+
+def test_benchmark_model(run_tool, tmp_path):
+    result, out = benchmark_model(
+        run_tool,
+        tmp_path,
+        *('--models', 'dgt_t,swin_t', '--modes', 'eager,deploy'),
+        *('--sizes', '32x32,64x32', '--batches', 2, '--breakdown', '--no-memory'),
+    )
+    assert {'torch', 'cpu', 'versions'} <= result['machine'].keys()
+    measured = [
+        (r['size'], r['pass'], r['model'], r['mode']) for r in result['results']
+    ]
+    line = [('dgt_t', 'eager'), ('dgt_t', 'deploy'), ('swin_t', 'eager')]
+    assert measured == [
+        (size, which, *rival)
+        for size in ('32x32', '64x32')
+        for which in ('forward', 'train')
+        for rival in line
+        if which == 'forward' or 'deploy' not in rival
+    ]
+    for row in result['results']:
+        assert row['images_per_s'] == pytest.approx(2e3 / row['ms'], rel=1e-2)
+    for row in result['breakdown']:
+        assert sum(row[part] for part in ('attention', 'convolution', 'norm')) < 1
+    assert 'dgt_t deploy' in out
+    assert len(list(tmp_path.glob('model_backbone_*.png'))) == 2
