@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -48,6 +49,7 @@ class Stem(nn.Sequential):
             ]
             in_channels = dims
         super().__init__(*layers)
+        self.to(memory_format=torch.channels_last)  # as the feature maps
 
 
 class CPE(nn.Conv2d):
@@ -67,6 +69,26 @@ class PatchMerging(nn.Sequential):
     def __init__(self, in_channels: int, dims: int) -> None:
         conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
         super().__init__(conv, LayerNorm2d(dims))
+        self.to(memory_format=torch.channels_last)  # as the feature maps
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution.
+
+    The libraries of convolutions bring its weights into an order of their own
+    whenever it is called. With fewer pixels than channels that is most of the work,
+    which a linear layer does not have.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W)."""
+        tokens = _tokens(x)
+        if tokens.shape[:-1].numel() > self.in_channels:
+            return super().forward(x)
+        return _feature_map(F.linear(tokens, self.weight.flatten(1), self.bias))
 
 
 class IRFFN(nn.Module):
@@ -81,11 +103,11 @@ class IRFFN(nn.Module):
     def __init__(self, dims: int, ratio: int, norm_cfg: dict) -> None:
         super().__init__()
         hidden = dims * ratio
-        self.expand = nn.Conv2d(dims, hidden, 1)
+        self.expand = PointwiseConv(dims, hidden)
         self.norm1 = build_norm_layer(norm_cfg, hidden)[1]
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.norm2 = build_norm_layer(norm_cfg, hidden)[1]
-        self.reduce = nn.Conv2d(hidden, dims, 1)
+        self.reduce = PointwiseConv(hidden, dims)
         self.norm3 = build_norm_layer(norm_cfg, dims)[1]
         self.act = nn.GELU()
 
