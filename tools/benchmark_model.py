@@ -294,7 +294,8 @@ def measure(cases: list[Case], args: argparse.Namespace) -> list[dict]:
             calls[case], memory = start(case, args.device, args.memory)
             rows[case] |= memory
         except Exception as error:
-            rows[case]['error'] = f'{type(error).__name__}: {error}'[:300]
+            message = f'{type(error).__name__}: {error}'
+            rows[case]['error'] = message.splitlines()[0][:300]
     for case, times in in_turns(calls, args.device, args.rounds, args.budget).items():
         rows[case] |= summary(times, 'ms', 1e3)
         rows[case]['images_per_s'] = round(1e3 * case.batch / rows[case]['ms'], 3)

@@ -30,22 +30,23 @@ class Affine(nn.Module):
             )
         scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias.detach() - norm.running_mean * scale
-        self.register_buffer('scale', scale.view(-1, 1, 1))
-        self.register_buffer('shift', shift.view(-1, 1, 1))
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same tensor."""
         # New memory for a large map costs more than the arithmetic.
-        return torch.addcmul(self.shift, x, self.scale, out=x)
+        tokens = x.permute(0, 2, 3, 1)
+        torch.addcmul(self.shift, tokens, self.scale, out=tokens)
+        return x
 
 
 def fold_norms(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> nn.Conv2d:
     """One 1x1 convolution that equals a batch norm, a 1x1 convolution, a batch norm."""
     affine = Affine(before)
     folded = fuse_conv_bn_eval(conv.eval(), after.eval())
-    shift = folded.weight.flatten(1) @ affine.shift.flatten()
-    folded.bias = nn.Parameter(folded.bias + shift)
-    folded.weight = nn.Parameter(folded.weight * affine.scale)
+    folded.bias = nn.Parameter(folded.bias + folded.weight.flatten(1) @ affine.shift)
+    folded.weight = nn.Parameter(folded.weight * affine.scale.view(-1, 1, 1))
     return folded
 
 
