@@ -18,9 +18,12 @@ def model():
     return DGT(ARCH, num_groups=6, num_keys=10, out_indices=(0, 1))
 
 
-def test_three_sizes_need_two_graphs(model):
+@pytest.mark.parametrize('deploy', [False, True])
+def test_three_sizes_need_two_graphs(model, deploy):
     """One for the first size, one for sizes that vary; no breaks."""
     model.eval()
+    if deploy:
+        model.switch_to_deploy()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         for size in SIZES:

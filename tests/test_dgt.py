@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdgt import DGT, update_centroids
@@ -250,6 +251,64 @@ def test_drop_path_rises_to_its_rate():
     model = small(drop_path_rate=0.4)
     rates = [b.drop_path.drop_prob for s in model.stages for b in s.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def with_statistics(model):
+    """Norms as after a training, not as new: factors, shifts, means and variances."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for x in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(x)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize('post_norm', [False, True])
+def test_switch_to_deploy_keeps_the_outputs(post_norm):
+    model = with_statistics(small(post_norm=post_norm)).double()
+    images = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    expected = model(images)
+    model.switch_to_deploy()
+    for ours, true in zip(model(images), expected, strict=True):
+        torch.testing.assert_close(ours, true, atol=1e-13, rtol=1e-13)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_switch_to_deploy_ends_training():
+    model = small().train()
+    model.switch_to_deploy()
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError, match='build another and load the checkpoint'):
+        model.train()
+
+
+def test_switch_to_deploy_wants_batch_norms():
+    model = small(norm_cfg=dict(type='GN', num_groups=4))
+    with pytest.raises(TypeError, match=r'only batch norms .* got GroupNorm'):
+        model.switch_to_deploy()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values on the host, sizes from values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        refused = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        assert not refused & set(func.tags), f'{func} waits for the device'
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('post_norm', [False, True])
+@pytest.mark.parametrize('mode', ['train', 'eval', 'deploy'])
+def test_no_pass_waits_for_the_device(mode, post_norm):
+    """So that a CUDA graph can hold it."""
+    model = small(post_norm=post_norm, drop_path_rate=0.2).train(mode == 'train')
+    if mode == 'deploy':
+        model.switch_to_deploy()
+    images = torch.randn(2, 3, 64, 64)
+    with NoWaiting():
+        outs = model(images)
+        if mode == 'train':
+            sum(out.square().mean() for out in outs).backward()
 
 
 def test_centroids_are_unit_vectors_in_the_checkpoint():

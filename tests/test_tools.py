@@ -261,3 +261,49 @@ def test_detection(demo_data, repository, run_tool, tmp_path):
     # Two rows of three pictures, three times as large, below the titles.
     picture = cv2.imread(str(tmp_path / 'predictions.png'))
     assert picture.shape == (30 + 2 * (3 * 64 + 6), 3 * (3 * 64 + 6), 3)
+
+
+@pytest.fixture
+def benchmark_model(run_tool, tmp_path):
+    def run(*args):
+        options = ('--rounds', 1, '--no-memory', '--out', tmp_path, *args)
+        out = run_tool('benchmark_model.py', *options).stdout
+        return json.loads((tmp_path / 'model.json').read_text()), out
+
+    return run
+
+
+def test_benchmark_of_backbones(benchmark_model, tmp_path):
+    models, sizes = ('--models', 'dgt_t,swin_t'), ('--sizes', '32x32,64x32')
+    result, out = benchmark_model(
+        *models, *sizes, '--modes', 'eager,deploy', '--passes', 'forward', '--breakdown'
+    )
+    assert {'torch', 'cpu', 'versions'} <= result['machine'].keys()
+    keys = ('size', 'model', 'mode')
+    assert [tuple(row[key] for key in keys) for row in result['results']] == [
+        (size, *rival)
+        for size in ('32x32', '64x32')
+        for rival in (('dgt_t', 'eager'), ('dgt_t', 'deploy'), ('swin_t', 'eager'))
+    ]
+    for row in result['results']:
+        assert row['images_per_s'] == pytest.approx(1e3 / row['ms'], rel=1e-2)
+    for row in result['breakdown']:
+        assert 0 < row['attention'] < 1 and 0 < row['convolution'] < 1
+    assert 'dgt_t deploy' in out
+    assert (tmp_path / 'model_backbone_forward_1_float32_contiguous.png').is_file()
+
+
+def test_benchmark_of_training(benchmark_model):
+    result, _ = benchmark_model(
+        *('--tasks', 'upernet,mask_rcnn', '--models', 'dgt_t', '--sizes', '32x32'),
+        *('--passes', 'train', '--batches', 2),
+    )
+    tasks = [row['task'] for row in result['results']]
+    assert tasks == ['upernet', 'mask_rcnn']
+    assert not any('error' in row for row in result['results'])
+
+
+def test_benchmark_of_what_is_unknown(run_tool):
+    result = run_tool('benchmark_model.py', '--models', 'dgt_x', check=False)
+    assert result.returncode
+    assert 'dgt_x: choose from dgt_t, ' in result.stderr

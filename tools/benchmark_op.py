@@ -10,17 +10,13 @@ GPU calls are replayed as CUDA graphs over several buffers where that works.
 import argparse
 import contextlib
 import functools
-import json
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measure import in_turns, machine, print_columns, save, summary
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -242,20 +238,6 @@ def captured(calls: list[Callable]) -> Callable[[], Any]:
     return graph.replay
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """How long a call takes."""
-    if device == 'cpu':
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Memory beyond the inputs that one call needs at its peak."""
     torch.cuda.synchronize()
@@ -289,55 +271,20 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
         )
         try:
             calls = [make_call(run, x, which) for x in inputs]
+            calls[0]()
+            timed[rival] = calls[0]
             if args.device == 'cuda':
-                calls[0]()
                 row['peak_bytes'] = peak_bytes(calls[0])
                 timed[rival] = captured(calls)
-            else:
-                timed[rival] = calls[0]
-            once = min(seconds(timed[rival], args.device) for _ in range(2))
-            row['rounds'] = int(min(args.rounds, max(3, args.budget / once)))
         except Exception as error:
             timed.pop(rival, None)
             row['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
         rows.append(row)
-    times = {rival: [] for rival in timed}
-    for turn in range(args.rounds):
-        for row in rows:
-            if row['rival'] in timed and turn < row['rounds']:
-                spent = seconds(timed[row['rival']], args.device)
-                times[row['rival']].append(spent / buffers * 1e6)
+    times = in_turns(timed, args.device, args.rounds, args.budget)
     for row in rows:
         if row['rival'] in timed:
-            taken = sorted(times[row['rival']])
-            row['us'] = round(statistics.median(taken), 2)
-            row['us_quartiles'] = [round(taken[len(taken) * q // 4], 2) for q in (1, 3)]
+            row |= summary(times[row['rival']], 'us', 1e6 / buffers)
     return rows
-
-
-def machine(device: str) -> dict:
-    """What was measured on, and with which versions."""
-    info = {'platform': platform.platform(), 'torch': torch.__version__}
-    if device == 'cuda':
-        properties = torch.cuda.get_device_properties(0)
-        info |= {
-            'gpu': properties.name,
-            'multiprocessors': properties.multi_processor_count,
-            'cuda': torch.version.cuda,
-            'cudnn': torch.backends.cudnn.version(),
-        }
-        query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
-    else:
-        query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
-        info['threads'] = torch.get_num_threads()
-    for key, command in (
-        ('driver' if device == 'cuda' else 'cpu', query),
-        ('commit', ['git', 'rev-parse', 'HEAD']),
-    ):
-        with contextlib.suppress(OSError):
-            done = subprocess.run(command, capture_output=True, text=True)
-            info[key] = done.stdout.strip().split(': ')[-1]
-    return info
 
 
 def print_table(rows: list[dict], rivals: list[str]) -> None:
@@ -351,10 +298,7 @@ def print_table(rows: list[dict], rivals: list[str]) -> None:
         [*key, *('-' if (t := cells.get(r)) is None else f'{t:.1f}' for r in rivals)]
         for key, cells in lines.items()
     ]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    for line in table:
-        cells = zip(line, widths, strict=True)
-        print('  '.join(cell.rjust(width) for cell, width in cells))
+    print_columns(table)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -438,13 +382,12 @@ def main() -> None:
         if 'error' in row:
             print(f'{row["rival"]} at {row["set"]}: {row["error"]}')
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {'machine': machine(args.device), 'results': rows}
-        (args.out / f'{args.name}.json').write_text(json.dumps(result, indent=1) + '\n')
+        path = args.out / f'{args.name}.json'
+        save(path, machine(args.device), results=rows)
         if args.lengths:
             plot(
                 [r for r in rows if r['set'].startswith('L')],
-                args.out / f'{args.name}.png',
+                path.with_suffix('.png'),
             )
 
 

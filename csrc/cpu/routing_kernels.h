@@ -183,11 +183,22 @@ class Candidates {
     tokens_[size_++] = static_cast<int32_t>(token);
   }
 
+  // The scores of tokens 0 to count - 1.
+  MMDGT_INLINE void add_all(const float* scores, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) bits_[i] = ordered_bits(scores[i]);
+    std::iota(tokens_, tokens_ + count, 0);
+    size_ = count;
+  }
+
   // Keeps the best `wanted`, in the same order, and returns the least score kept.
   float prune() {
+    uint32_t smallest = bits_[0], largest = bits_[0];
+    for (int64_t i = 1; i < size_; ++i) {
+      smallest = std::min(smallest, bits_[i]);
+      largest = std::max(largest, bits_[i]);
+    }
     // Bisects for the bits that exactly `wanted` reach, or more only by ties.
-    uint64_t low = *std::min_element(bits_, bits_ + size_);
-    uint64_t high = uint64_t{*std::max_element(bits_, bits_ + size_)} + 1;
+    uint64_t low = smallest, high = uint64_t{largest} + 1;
     while (high - low > 1) {
       const uint64_t middle = (low + high) / 2;
       const int64_t reached = count_from(middle);
@@ -237,6 +248,38 @@ class Candidates {
   int64_t size_ = 0;
 };
 
+// With few tokens all are candidates.
+template <class V, class T>
+void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
+  const int64_t tokens = task.tokens, groups = task.groups, wanted = task.num_keys;
+  const int64_t width = round_up(groups, V::kWidth);
+  const int64_t padded = round_up(tokens, V::kWidth);
+  scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
+                2 * padded * width * sizeof(float) +
+                tokens * (sizeof(uint32_t) + sizeof(int32_t)) +
+                wanted * sizeof(uint64_t));
+  Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
+  float* scores = scratch.take<float>(padded * width);      // (tokens, groups)
+  float* transposed = scratch.take<float>(width * padded);  // (groups, tokens)
+  uint32_t* bits = scratch.take<uint32_t>(tokens);
+  int32_t* places = scratch.take<int32_t>(tokens);
+  uint64_t* work = scratch.take<uint64_t>(wanted);
+  for (int64_t first = 0; first < tokens; first += kScoredTokens) {
+    const int64_t count = std::min(kScoredTokens, tokens - first);
+    scorer.score(first, 1, count);
+    std::copy(scorer.scores(0), scorer.scores(0) + count * width,
+              scores + first * width);
+  }
+  std::fill(scores + tokens * width, scores + padded * width, 0.0f);
+  transpose<V>(scores, width, transposed, padded, padded, width);
+  for (int64_t g = 0; g < groups; ++g) {
+    Candidates<V> candidates(bits, places, tokens, wanted);
+    candidates.add_all(transposed + g * padded, tokens);
+    candidates.prune();
+    candidates.write(task.sorted, task.index + g * wanted, work);
+  }
+}
+
 // Streams the keys past one threshold per group. A group that collects too many
 // candidates prunes them and raises its threshold; one that collects too few, for
 // an unlucky sample, goes through the keys again without a threshold.
@@ -244,25 +287,25 @@ template <class V, class T>
 void select(const SelectTask<T>& task, Scratch& scratch) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t tokens = task.tokens, groups = task.groups, wanted = task.num_keys;
-  const int64_t capacity = std::min(tokens, 4 * wanted + 256);
   const int64_t samples = round_up(
       std::clamp<int64_t>(tokens / 16, 384, 2048), kScoredTokens);
-  const bool sample = tokens >= 4 * samples && tokens >= 4 * wanted;
+  if (tokens < 4 * samples || tokens < 4 * wanted) {
+    select_of_few<V, T>(task, scratch);
+    return;
+  }
+  const int64_t capacity = std::min(tokens, 4 * wanted + 256);
   const int64_t width = round_up(groups, V::kWidth);
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
                 groups * capacity * (sizeof(uint32_t) + sizeof(int32_t)) +
                 wanted * sizeof(uint64_t) +
-                (1 + sample * samples) * width * sizeof(float));
+                (1 + samples) * width * sizeof(float));
   Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
   uint32_t* bits = scratch.take<uint32_t>(groups * capacity);
   int32_t* places = scratch.take<int32_t>(groups * capacity);
   uint64_t* work = scratch.take<uint64_t>(wanted);
   float* thresholds = scratch.take<float>(width);
-  std::fill(thresholds, thresholds + width, -kInfinity);
-  if (sample) {
-    estimate_thresholds(scorer, tokens, wanted, samples,
-                        scratch.take<float>(samples * width), thresholds);
-  }
+  estimate_thresholds(scorer, tokens, wanted, samples,
+                      scratch.take<float>(samples * width), thresholds);
 
   std::vector<Candidates<V>> candidates;
   candidates.reserve(groups);

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
+from .deploy import Affine, fold_norms, fold_sum
 from .pretrained import strict_init
 
 BATCH_NORM = dict(type='BN')
@@ -48,6 +50,18 @@ class Stem(nn.Sequential):
             ]
             in_channels = dims
         super().__init__(*layers)
+        self.to(memory_format=torch.channels_last)  # as the feature maps
+
+
+class CPE(nn.Conv2d):
+    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + super().forward(x)
 
 
 class PatchMerging(nn.Sequential):
@@ -56,6 +70,26 @@ class PatchMerging(nn.Sequential):
     def __init__(self, in_channels: int, dims: int) -> None:
         conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
         super().__init__(conv, LayerNorm2d(dims))
+        self.to(memory_format=torch.channels_last)  # as the feature maps
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution.
+
+    The libraries of convolutions bring its weights into an order of their own
+    whenever it is called. With fewer pixels than channels that is most of the work,
+    which a linear layer does not have.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W)."""
+        tokens = _tokens(x)
+        if tokens.shape[:-1].numel() > self.in_channels:
+            return super().forward(x)
+        return _feature_map(F.linear(tokens, self.weight.flatten(1), self.bias))
 
 
 class IRFFN(nn.Module):
@@ -70,19 +104,26 @@ class IRFFN(nn.Module):
     def __init__(self, dims: int, ratio: int, norm_cfg: dict) -> None:
         super().__init__()
         hidden = dims * ratio
-        self.expand = nn.Conv2d(dims, hidden, 1)
+        self.expand = PointwiseConv(dims, hidden)
         self.norm1 = build_norm_layer(norm_cfg, hidden)[1]
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.norm2 = build_norm_layer(norm_cfg, hidden)[1]
-        self.reduce = nn.Conv2d(hidden, dims, 1)
+        self.reduce = PointwiseConv(hidden, dims)
         self.norm3 = build_norm_layer(norm_cfg, dims)[1]
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.norm1(self.act(self.expand(x)))
-        x = self.norm2(x + self.act(self.depthwise(x)))
+        # In place: new memory for a large map costs more than the arithmetic.
+        x = self.norm2(self.act(self.depthwise(x)).add_(x))
         return self.norm3(self.reduce(x))
+
+    def switch_to_deploy(self) -> None:
+        """Fold the batch norms."""
+        self.reduce = fold_norms(self.norm2, self.reduce, self.norm3)
+        self.norm1 = Affine(self.norm1)  # before a zero-padded convolution
+        self.norm2 = self.norm3 = nn.Identity()
 
 
 class Block(nn.Module):
@@ -110,7 +151,7 @@ class Block(nn.Module):
         with_cp: bool,
     ) -> None:
         super().__init__()
-        self.cpe = nn.Conv2d(dims, dims, 3, padding=1, groups=dims)
+        self.cpe = CPE(dims)
         self.norm1 = LayerNorm2d(dims)
         self.attention = attention
         self.norm2 = LayerNorm2d(dims)
@@ -131,7 +172,7 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe(x)  # eq. 8
+        x = self.cpe(x)  # eq. 8
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._attend(x)))
             return x + self.drop_path(self.norm2(self.ffn(x)))
@@ -281,6 +322,7 @@ class DGT(BaseModule):
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.deployed = False
 
         def attention(stage: int) -> nn.Module:
             cosine = post_norm
@@ -380,8 +422,34 @@ class DGT(BaseModule):
         for module in self._frozen():
             module.requires_grad_(False)
 
+    def switch_to_deploy(self) -> None:
+        """Fold what inference can spare, once the checkpoint is loaded.
+
+        Batch norms and the sum of eq. 8 go into the convolutions beside them. The
+        outputs stay the same up to rounding, the keys of the state dict do not, and
+        the model can be trained no more.
+
+        Raises:
+            TypeError: If ``norm_cfg`` is no batch norm.
+        """
+        self.eval().requires_grad_(False)
+        for i, layer in enumerate(self.stem):
+            if i % 3 == 2:
+                self.stem[i] = Affine(layer)
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.cpe = fold_sum(block.cpe)
+                block.ffn.switch_to_deploy()
+        self.requires_grad_(False)
+        self.deployed = True
+
     def train(self, mode: bool = True) -> 'DGT':
         """Switch the mode, except of what is frozen."""
+        if mode and self.deployed:
+            raise RuntimeError(
+                'switch_to_deploy has folded the batch norms of this DGT, so it'
+                ' cannot be trained; build another and load the checkpoint into it'
+            )
         super().train(mode)
         for module in self._frozen():
             module.eval()

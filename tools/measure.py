@@ -1,0 +1,106 @@
+"""What the benchmarks share: times taken in turns, the machine, tables and files."""
+
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """How long a call takes."""
+    if device == 'cpu':
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_turns(
+    calls: dict[Any, Callable[[], Any]], device: str, rounds: int, budget: float
+) -> dict[Any, list[float]]:
+    """Time calls that take turns, so that a change of clocks meets them all.
+
+    Args:
+        calls (dict): Name to call, warmed up.
+        device (str): 'cpu' or 'cuda'.
+        rounds (int): Times that every call is timed at most.
+        budget (float): Seconds after which a slow call stops, yet not before its
+            third time.
+
+    Returns:
+        dict: Name to its times in seconds, ascending.
+    """
+    once = {
+        name: min(seconds(call, device) for _ in range(2))
+        for name, call in calls.items()
+    }
+    turns = {
+        name: int(min(rounds, max(3, budget / spent))) for name, spent in once.items()
+    }
+    times = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, call in calls.items():
+            if turn < turns[name]:
+                times[name].append(seconds(call, device))
+    return {name: sorted(taken) for name, taken in times.items()}
+
+
+def summary(times: list[float], unit: str, per_second: float) -> dict:
+    """Median, quartiles and number of ascending times, in the unit."""
+    taken = [t * per_second for t in times]
+    return {
+        unit: round(statistics.median(taken), 2),
+        f'{unit}_quartiles': [round(taken[len(taken) * q // 4], 2) for q in (1, 3)],
+        'rounds': len(taken),
+    }
+
+
+def machine(device: str) -> dict:
+    """What was measured on, and with which versions."""
+    info = {'platform': platform.platform(), 'torch': torch.__version__}
+    if device == 'cuda':
+        properties = torch.cuda.get_device_properties(0)
+        info |= {
+            'gpu': properties.name,
+            'multiprocessors': properties.multi_processor_count,
+            'cuda': torch.version.cuda,
+            'cudnn': torch.backends.cudnn.version(),
+        }
+        query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+    else:
+        query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
+        info['threads'] = torch.get_num_threads()
+    for key, command in (
+        ('driver' if device == 'cuda' else 'cpu', query),
+        ('commit', ['git', 'rev-parse', 'HEAD']),
+    ):
+        with contextlib.suppress(OSError):
+            done = subprocess.run(command, capture_output=True, text=True)
+            info[key] = done.stdout.strip().split(': ')[-1]
+    return info
+
+
+def print_columns(table: list[list[str]]) -> None:
+    """Lines of cells, every column as wide as it must be."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = zip(line, widths, strict=True)
+        print('  '.join(cell.rjust(width) for cell, width in cells))
+
+
+def save(path: Path, about: dict, **results: list[dict]) -> None:
+    """Write results and what they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({'machine': about, **results}, indent=1) + '\n')
