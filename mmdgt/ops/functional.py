@@ -33,7 +33,7 @@ def use_backend(name: str) -> Iterator[None]:
         name (str): 'auto' takes the compiled kernels where they serve and plain
             PyTorch elsewhere; 'fused' insists on the kernels and raises where
             there are none; 'reference' takes plain PyTorch, differentiated by
-            autograd, and so does 'auto' for an export to ONNX.
+            autograd. ``torch.onnx.export`` gets plain PyTorch whatever is chosen.
     """
     global _backend
     if name not in BACKENDS:
@@ -194,7 +194,7 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
     """The function that serves an operator under the chosen back end."""
-    if _backend == 'auto' and torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export():  # ONNX knows no operators of ours
         return getattr(reference, name)
     reason = _no_extension or _unsupported(tokens, num_groups)
     if _backend == 'fused' and reason:
@@ -210,8 +210,6 @@ def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
 
 def _unsupported(tokens: Tensor, num_groups: int) -> str | None:
     """Why the compiled kernels do not serve these inputs, if they do not."""
-    if torch.onnx.is_in_onnx_export():
-        return 'ONNX has no such operators; export with back end "auto"'
     device, D = tokens.device.type, tokens.shape[-1]
     if device == 'meta':  # Shapes alone, which the operator knows.
         return None
