@@ -74,6 +74,12 @@ def diagnose() -> Iterator[Finding]:
         )
         return
     yield from check_openmmlab(installed)
+    if error := import_error('mmdgt.ops'):
+        yield Finding(
+            f'mmdgt.ops does not import: {error}',
+            'it needs torch 2.4 or later; run: pip install "torch>=2.4"',
+        )
+        return
     yield from check_extension()
 
 
@@ -118,8 +124,8 @@ def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
         if not set(needed) & set(there):
             yield Finding(f'{" or ".join(needed)} is not installed', INSTALL)
             return
-    deep = [f'{name}.models' for name in frameworks]
-    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep):
+    deep = [f'{name}.models' for name in (*frameworks, 'mmdgt')]
+    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.engine'):
         if error := import_error(module):
             if module == 'mmcv._ext':
                 finding = without_mmcv_operators(error, installed['mmcv'], frameworks)
@@ -252,8 +258,6 @@ def inventory() -> Iterator[tuple[str, str]]:
     if import_error('torch') is None:
         import torch
 
-        from .ops import extension
-
         yield 'torch', f'{torch.__version__}, built for CUDA {torch.version.cuda}'
         for i in range(torch.cuda.device_count()):
             capability = '{}.{}'.format(*torch.cuda.get_device_capability(i))
@@ -264,7 +268,9 @@ def inventory() -> Iterator[tuple[str, str]]:
         versions = (f'{carrier} {version_of(carrier)}' for carrier in carriers)
         yield name, ', '.join(versions) or 'not installed'
     yield 'mmdgt', f'{__version__}, {Path(__file__).parent}'
-    if import_error('torch') is None:
+    if import_error('mmdgt.ops') is None:
+        from .ops import extension
+
         kernels = ' and '.join(extension.devices()).upper()
         yield 'mmdgt._ext', f'kernels for {kernels}' if kernels else 'not loaded'
 

@@ -176,20 +176,22 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
 
 
 @pytest.mark.parametrize(
-    ('error', 'cure'),
+    ('module', 'error', 'cure'),
     [
-        ("No module named 'pkg_resources'", 'pip install "setuptools<81"'),
-        ("No module named 'ftfy'", 'pip install ftfy'),
-        ('operator torchvision::nms does not exist', 'torch and torchvision'),
-        ('MMCV==2.2.0 is used but incompatible', 'versions that fit'),
+        ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
+        ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
+        ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
+        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', 'versions that fit'),
+        ('mmdgt.engine', "cannot import name 'analysis'", 'versions that fit'),
+        ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],
 )
-def test_imports_that_fail(monkeypatch, ill, error, cure):
+def test_imports_that_fail(monkeypatch, ill, module, error, cure):
     original = doctor.import_error
-    fail = {'mmengine': f'SomeError: {error}'}
+    fail = {module: f'SomeError: {error}'}
     monkeypatch.setattr(doctor, 'import_error', lambda m: fail.get(m, original(m)))
     ((cause, advice),) = ill()
-    assert 'mmengine does not import' in cause and error in cause
+    assert f'{module} does not import' in cause and error in cause
     assert cure in advice
 
 
