@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,42 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import extension, library, reference
 
-_HOW_TO_BUILD = (
-    'build it with "pip install --no-build-isolation --no-deps --force-reinstall ."'
-    " in mmdgt's folder"
-)
-
-
-def _load_extension() -> str | None:
-    """Register the compiled kernels; returns why they are not there, if so."""
-    try:
-        extension = importlib.import_module('mmdgt._ext')
-    except ModuleNotFoundError:
-        return f'the extension mmdgt._ext is not built; {_HOW_TO_BUILD}'
-    except ImportError as error:
-        reason = (
-            f'the extension mmdgt._ext does not load, most likely because it was built'
-            f' for another torch than {torch.__version__}; {_HOW_TO_BUILD} ({error})'
-        )
-        warnings.warn(reason, stacklevel=2)
-        return reason
-    if extension.torch_version != torch.__version__.split('+')[0]:
-        warnings.warn(
-            f'the extension mmdgt._ext was built for torch {extension.torch_version},'
-            f' this is {torch.__version__}; {_HOW_TO_BUILD}',
-            stacklevel=2,
-        )
-    return None
-
-
-_no_extension = _load_extension()
-_kernel_devices = [
-    key.lower()
-    for key in ('CPU', 'CUDA')
-    if torch._C._dispatch_has_kernel_for_dispatch_key('mmdgt::group_attention', key)
-]
+_loaded, _problem = extension.load()
+_no_extension = None if _loaded else f'{_problem}; {extension.HOW_TO_BUILD}'
+_kernel_devices = extension.devices()
 
 BACKENDS = ('auto', 'fused', 'reference')
 _FUSED_DTYPES = {
@@ -65,7 +33,7 @@ def use_backend(name: str) -> Iterator[None]:
         name (str): 'auto' takes the compiled kernels where they serve and plain
             PyTorch elsewhere; 'fused' insists on the kernels and raises where
             there are none; 'reference' takes plain PyTorch, differentiated by
-            autograd.
+            autograd. ``torch.onnx.export`` gets plain PyTorch whatever is chosen.
     """
     global _backend
     if name not in BACKENDS:
@@ -226,6 +194,8 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _kernel(name: str, tokens: Tensor, num_groups: int) -> Callable:
     """The function that serves an operator under the chosen back end."""
+    if torch.onnx.is_in_onnx_export():  # ONNX knows no operators of ours
+        return getattr(reference, name)
     reason = _no_extension or _unsupported(tokens, num_groups)
     if _backend == 'fused' and reason:
         raise RuntimeError(f'back end "fused" was chosen, but {reason}')

@@ -63,7 +63,10 @@ def select_keys(key: Tensor, centroids: Tensor, num_keys: int, sorted: bool) -> 
         Tensor: ``index`` (B, H, G, min(K, L)), int32.
     """
     num_tokens = key.shape[2]
+    num_keys = min(num_keys, num_tokens)
     scores = centroids @ key.float().mT  # (B, H, G, L)
+    if torch.onnx.is_in_onnx_export():  # ONNX's TopK takes the lower of equal ones
+        return scores.topk(num_keys, sorted=sorted).indices.int()
     # torch.topk leaves open which of several equal scores it takes. One integer
     # per candidate, its score above its token, leaves no ties; adding zero makes
     # -0 equal to +0, and NaN ranks with the infinite scores, so that it shows.
@@ -72,7 +75,7 @@ def select_keys(key: Tensor, centroids: Tensor, num_keys: int, sorted: bool) -> 
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     token = torch.arange(num_tokens, device=key.device)
     rank = bits * 2**32 - token
-    return rank.topk(min(num_keys, num_tokens), sorted=sorted).indices.int()
+    return rank.topk(num_keys, sorted=sorted).indices.int()
 
 
 def group_attention(
@@ -190,15 +193,16 @@ class _Tiled:
         size = group.new_zeros(B, H, G).scatter_add(-1, group, torch.ones_like(group))
         tiles = (size + TILE - 1) // TILE
         tiles_end = tiles.cumsum(-1)
-        order = group.argsort(dim=-1, stable=True)
+        tokens = torch.arange(L, device=group.device)
+        order = (group * L + tokens).argsort(-1)  # by group, then by token
         sorted_group = group.gather(-1, order)
         # A query's slot: where its group's tiles begin, plus its rank in the group.
         shift = TILE * (tiles_end - tiles) - (size.cumsum(-1) - size)
-        slot = torch.arange(L, device=group.device) + shift.gather(-1, sorted_group)
+        slot = tokens + shift.gather(-1, sorted_group)
         self.slot = torch.empty_like(slot).scatter(-1, order, slot)  # (B, H, L)
 
-        tile = torch.arange(self.num_tiles, device=group.device).repeat(B, H, 1)
-        tile_group = torch.searchsorted(tiles_end, tile, right=True)
+        tile = torch.arange(self.num_tiles, device=group.device).unsqueeze(-1)
+        tile_group = (tiles_end.unsqueeze(-2) <= tile).sum(-1)  # (B, H, tiles)
         tile_group = tile_group.clamp(max=G - 1)  # tiles without queries
         self.token = _rows(index, tile_group)  # (B, H, tiles, K)
         self.num_tokens = L

@@ -1,0 +1,300 @@
+"""Say what is installed and what is wrong with it: python -m mmdgt.doctor.
+
+The exit status is 1 where something has to be cured. Nothing but the standard
+library is imported before it is looked at, so that no broken package keeps this
+from speaking.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from .registry import FRAMEWORKS
+from .version import __version__
+
+OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)
+CONTINUATION = 'onedl-'  # what starts the names of the maintained distributions
+# The release series that the tests run with, and the last ones of the originals.
+TESTED = {
+    'torch': '2.11',
+    'onedl-mmengine': '0.10',
+    'onedl-mmcv': '2.3',
+    'onedl-mmpretrain': '1.3',
+    'onedl-mmdetection': '3.5',
+    'onedl-mmsegmentation': '1.4',
+    'mmengine': '0.10',
+    'mmcv': '2.1',
+    'mmpretrain': '1.2',
+    'mmdet': '3.3',
+    'mmsegmentation': '1.2',
+}
+INSTALL = (
+    'install torch and its build tools, then'
+    ' "pip install --no-build-isolation onedl-mmcv", then what mmdgt is to serve: "pip'
+    ' install onedl-mmsegmentation", onedl-mmdetection or onedl-mmpretrain'
+)
+# What an import error says, and what cures it.
+IMPORT_CURES = {
+    'pkg_resources': 'run: pip install "setuptools<81"',
+    'torchvision::nms': (
+        'torch and torchvision are of different builds; install both in one command,'
+        ' from one index: pip install --force-reinstall torch torchvision'
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """What is wrong: its cause, its cure and whether it has to be cured."""
+
+    cause: str
+    cure: str
+    fails: bool = True
+
+
+def diagnose() -> Iterator[Finding]:
+    """Look for all that is known to go wrong, what causes the rest first."""
+    installed = distributions()
+    yield from check_forks(installed)
+    yield from check_versions(installed)
+    if error := import_error('torch'):
+        yield Finding(
+            f'torch does not import: {error}',
+            'install it as https://pytorch.org says, then run this again',
+        )
+        return
+    yield from check_openmmlab(installed)
+    if error := import_error('mmdgt.ops'):
+        yield Finding(
+            f'mmdgt.ops does not import: {error}',
+            'it needs torch 2.4 or later; run: pip install "torch>=2.4"',
+        )
+        return
+    yield from check_extension()
+
+
+def distributions() -> dict[str, list[str]]:
+    """The distributions that carry each of OpenMMLab's import names."""
+    carried = metadata.packages_distributions()
+    return {name: sorted(set(carried.get(name, ()))) for name in OPENMMLAB}
+
+
+def check_forks(installed: dict[str, list[str]]) -> Iterator[Finding]:
+    """The originals and their continuation write into the same folders."""
+    everything = sorted({name for names in installed.values() for name in names})
+    continued = [name for name in everything if name.startswith(CONTINUATION)]
+    original = [name for name in everything if name not in continued]
+    if continued and original:
+        yield Finding(
+            f'both forks of OpenMMLab are installed, {", ".join(original)} beside'
+            f' {", ".join(continued)}; they carry the same import names and overwrite'
+            " each other's files",
+            f'run: pip uninstall -y {" ".join(everything)}; then {INSTALL}',
+        )
+
+
+def check_versions(installed: dict[str, list[str]]) -> Iterator[Finding]:
+    """Other versions may work as well, so they are warned of only."""
+    for name in ('torch', *itertools.chain.from_iterable(installed.values())):
+        version, series = version_of(name), TESTED.get(name)
+        if version and series and version.split('.')[:2] != series.split('.'):
+            yield Finding(
+                f'{name} {version} is none of the versions mmdgt is tested with,'
+                f' {series}.*',
+                f'if something goes wrong, run: pip install "{name}=={series}.*"',
+                fails=False,
+            )
+
+
+def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
+    """Whether OpenMMLab is there and imports, to the first part that does not."""
+    there = [name for name in OPENMMLAB if importlib.util.find_spec(name)]
+    frameworks = [name for name in FRAMEWORKS if name in there]
+    for needed in (['mmengine'], ['mmcv'], FRAMEWORKS):
+        if not set(needed) & set(there):
+            yield Finding(f'{" or ".join(needed)} is not installed', INSTALL)
+            return
+    deep = [f'{name}.models' for name in (*frameworks, 'mmdgt')]
+    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.engine'):
+        if error := import_error(module):
+            if module == 'mmcv._ext':
+                finding = without_mmcv_operators(error, installed['mmcv'], frameworks)
+            else:
+                finding = Finding(f'{module} does not import: {error}', cure_of(error))
+            yield finding
+            if finding.fails:
+                return
+
+
+def cure_of(error: str) -> str:
+    """What to do about an import error, given in one line."""
+    for text, cure in IMPORT_CURES.items():
+        if text in error:
+            return cure
+    if missing := re.search(r"No module named '([^'.]+)'", error):
+        return f'install what provides {missing[1]}; try: pip install {missing[1]}'
+    return 'install versions that fit each other, of all that this names'
+
+
+def without_mmcv_operators(
+    error: str, carriers: list[str], frameworks: list[str]
+) -> Finding:
+    """The finding if mmcv._ext, without which only mmdet is lost, does not import."""
+    missing = error.startswith('ModuleNotFoundError')
+    state = (
+        'is missing, so mmcv was built without torch in sight'
+        if missing
+        else f'does not load, most likely for it was built for another torch: {error}'
+    )
+    needed = 'mmdet' in frameworks
+    mmcv = carriers[0] if carriers else f'{CONTINUATION}mmcv'
+    version = version_of(mmcv)
+    return Finding(
+        f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}'
+        f'; {"mmdet needs" if needed else "only detection needs"} it',
+        'run: pip install ninja psutil packaging wheel "setuptools<81" && pip install'
+        ' --no-build-isolation --no-deps --force-reinstall --no-cache-dir'
+        f' {mmcv}{f"=={version}" if version else ""}',
+        fails=needed or not missing,
+    )
+
+
+def check_extension() -> Iterator[Finding]:
+    """Whether mmdgt's own kernels are there, for this torch and this GPU."""
+    import torch
+
+    from .ops import extension
+
+    _, problem = extension.load()
+    gpu = torch.cuda.is_available()
+    wanted = gpu or os.getenv('FORCE_CUDA', '0') == '1'  # as setup.py sees it
+    if wanted and 'cuda' not in extension.devices():
+        problem = problem or 'the extension mmdgt._ext was built without CUDA kernels'
+        yield from check_toolkit()
+    elif gpu and not problem:
+        problem = kernel_error()
+    if problem:
+        arch = '{}.{}'.format(*torch.cuda.get_device_capability()) if gpu else None
+        environment = f' and TORCH_CUDA_ARCH_LIST={arch} in the environment'
+        yield Finding(problem, extension.HOW_TO_BUILD + environment * gpu)
+
+
+def check_toolkit() -> Iterator[Finding]:
+    """Whether there is an nvcc, and whether torch finds the toolkit by it."""
+    import torch
+    from torch.utils import cpp_extension
+
+    nvcc = cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, 'bin', 'nvcc')
+    if not nvcc or not nvcc.is_file():
+        yield Finding(
+            "there is no nvcc to build mmdgt's CUDA kernels with",
+            f'install the CUDA toolkit {torch.version.cuda or ""} and export CUDA_HOME,'
+            ' its folder',
+        )
+        return
+    command = [str(nvcc), '--dryrun', '-c', '-x', 'cu', os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r'^#\$ TOP=(.*)$', plan, re.MULTILINE)
+    toolkit = Path(top[1]).resolve() if top else None
+    if toolkit and toolkit != Path(cpp_extension.CUDA_HOME).resolve():
+        yield Finding(
+            f'{nvcc} only calls the nvcc of {toolkit}, so torch looks for the CUDA'
+            ' toolkit in the wrong folder',
+            f'run: export CUDA_HOME={toolkit}',
+        )
+
+
+def kernel_error() -> str | None:
+    """What goes wrong when the CUDA kernels run on this GPU, None if nothing does."""
+    import torch
+
+    from .ops import dynamic_group_attention, use_backend
+
+    tokens = torch.ones(1, 1, 64, 32).cuda()
+    try:
+        with use_backend('fused'):
+            dynamic_group_attention(*[tokens] * 3, tokens[0, :, :8], num_keys=16)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if 'no kernel image' not in str(error):
+            return f'the CUDA kernels of mmdgt._ext fail: {error}'
+        return (
+            'the extension mmdgt._ext was built for other GPUs than this'
+            f' {torch.cuda.get_device_name()}'
+        )
+    return None
+
+
+def import_error(name: str) -> str | None:
+    """What importing a module raises, in one line; None if it imports."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken package raises whatever it likes
+        return ' '.join(f'{type(error).__name__}: {error}'.split())
+    return None
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution, None if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def inventory() -> Iterator[tuple[str, str]]:
+    """What is installed, by its name."""
+    yield 'python', f'{platform.python_version()}, {sys.executable}'
+    if import_error('torch') is None:
+        import torch
+
+        yield 'torch', f'{torch.__version__}, built for CUDA {torch.version.cuda}'
+        for i in range(torch.cuda.device_count()):
+            capability = '{}.{}'.format(*torch.cuda.get_device_capability(i))
+            yield 'GPU', f'{torch.cuda.get_device_name(i)}, capability {capability}'
+        if not torch.cuda.is_available():
+            yield 'GPU', 'none that torch can use'
+    for name, carriers in distributions().items():
+        versions = (f'{carrier} {version_of(carrier)}' for carrier in carriers)
+        yield name, ', '.join(versions) or 'not installed'
+    yield 'mmdgt', f'{__version__}, {Path(__file__).parent}'
+    if import_error('mmdgt.ops') is None:
+        from .ops import extension
+
+        kernels = ' and '.join(extension.devices()).upper()
+        yield 'mmdgt._ext', f'kernels for {kernels}' if kernels else 'not loaded'
+
+
+def main() -> int:
+    """Print what is installed and what is found, return the exit status."""
+    argparse.ArgumentParser(
+        prog='python -m mmdgt.doctor', description=__doc__.splitlines()[0]
+    ).parse_args()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # what they say is found below
+        for name, value in inventory():
+            print(f'{name:12}{value}')
+        findings = list(diagnose())
+    for finding in findings:
+        kind = 'WRONG' if finding.fails else 'NOTE'
+        print(f'\n{kind}: {finding.cause}\n  {finding.cure}')
+    failed = any(finding.fails for finding in findings)
+    if failed:
+        print('\nCure the first that is WRONG, then run this again.')
+    else:
+        print('\nNothing is wrong.')
+    return int(failed)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

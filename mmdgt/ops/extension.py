@@ -1,0 +1,50 @@
+"""The compiled extension: whether it loads, and the devices it has kernels for."""
+
+import importlib
+import warnings
+
+import torch
+
+HOW_TO_BUILD = (
+    'build it with "pip install --no-build-isolation --no-deps --force-reinstall ."'
+    " in mmdgt's folder"
+)
+
+
+def load() -> tuple[bool, str | None]:
+    """Register the compiled kernels.
+
+    An extension that loads but was built for another torch is used, with a warning.
+
+    Returns:
+        tuple: Whether the kernels are there; what is wrong, None if nothing is.
+    """
+    try:
+        extension = importlib.import_module('mmdgt._ext')
+    except ModuleNotFoundError:
+        return False, 'the extension mmdgt._ext is not built'
+    except ImportError as error:
+        loaded = False
+        problem = (
+            'the extension mmdgt._ext does not load, most likely because it was built'
+            f' for another torch than {torch.__version__} ({error})'
+        )
+    else:
+        loaded = True
+        if extension.torch_version == torch.__version__.split('+')[0]:
+            return loaded, None
+        problem = (
+            f'the extension mmdgt._ext was built for torch {extension.torch_version},'
+            f' this is {torch.__version__}'
+        )
+    warnings.warn(f'{problem}; {HOW_TO_BUILD}', stacklevel=3)
+    return loaded, problem
+
+
+def devices() -> list[str]:
+    """The types of device that the loaded extension has kernels for."""
+    return [
+        key.lower()
+        for key in ('CPU', 'CUDA')
+        if torch._C._dispatch_has_kernel_for_dispatch_key('mmdgt::group_attention', key)
+    ]

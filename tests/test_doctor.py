@@ -1,0 +1,227 @@
+"""The doctor names the cause and the cure of every broken installation."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+
+import mmcv
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import mmdgt
+from mmdgt import doctor
+from mmdgt.ops import extension
+
+# Every test breaks a healthy installation in one place.
+for _part in ('mmcv._ext', 'mmdgt._ext'):
+    pytest.importorskip(_part, reason='not built', exc_type=ImportError)
+
+REBUILD = '--no-build-isolation --no-deps --force-reinstall'
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['doctor'])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.delenv('FORCE_CUDA', raising=False)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder in front of the path; installs distributions that are empty."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(**versions):
+        for name, version in versions.items():
+            name, top = name.replace('_', '-'), name.split('_')[-1]
+            info = tmp_path / f'{name}-{version}.dist-info'
+            info.mkdir()
+            content = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+            (info / 'METADATA').write_text(content)
+            (info / 'top_level.txt').write_text(top)
+        return tmp_path
+
+    return install
+
+
+@pytest.fixture
+def ill(capsys):
+    """Run the doctor, which must fail; what it says is wrong and how to cure it."""
+
+    def run():
+        assert doctor.main() == 1
+        blocks = capsys.readouterr().out.split('\n\n')
+        wrong = [block for block in blocks if block.startswith('WRONG: ')]
+        return [block.removeprefix('WRONG: ').split('\n  ') for block in wrong]
+
+    return run
+
+
+@pytest.fixture
+def other_than_these(monkeypatch):
+    """Of distributions, only those that a test puts in front are found."""
+    monkeypatch.setattr(sys, 'path', [p for p in sys.path if 'site-packages' not in p])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that torch can use, and an extension with kernels for it."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'Fast GPU')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (9, 0))
+    monkeypatch.setattr(extension, 'load', lambda: (True, None))
+    monkeypatch.setattr(extension, 'devices', lambda: ['cpu', 'cuda'])
+
+
+def test_both_forks(site, ill):
+    site(mmcv='2.1.0', onedl_mmcv='2.3.6')
+    (cause, cure), *_ = ill()
+    assert 'both forks' in cause and 'mmcv beside' in cause and 'onedl-mmcv' in cause
+    uninstall, install = cure.split('; then ')
+    assert {'mmcv', 'onedl-mmcv'} <= set(uninstall.split())
+    assert 'pip install --no-build-isolation onedl-mmcv' in install
+
+
+def test_one_fork_alone(site, other_than_these):
+    """Parts of both are as bad where no name clashes: each wants its own rest."""
+    site(mmengine='0.10.7', mmcv='2.1.0')
+    assert not list(doctor.check_forks(doctor.distributions()))
+    site(onedl_mmdet='3.5.1')
+    (finding,) = doctor.check_forks(doctor.distributions())
+    assert finding.fails and 'onedl-mmdet' in finding.cause
+
+
+def test_other_versions_are_a_note(site, other_than_these):
+    site(mmengine='0.10.9', mmcv='2.2.0', torch='2.11.1+cu130')
+    (finding,) = doctor.check_versions(doctor.distributions())
+    assert 'mmcv 2.2.0' in finding.cause and '"mmcv==2.1.*"' in finding.cure
+    assert not finding.fails
+
+
+def test_mmcv_without_operators(monkeypatch, ill):
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
+    ((cause, cure),) = ill()
+    assert 'mmcv._ext' in cause and 'is missing' in cause
+    carrier = metadata.packages_distributions()['mmcv'][0]
+    assert cure.endswith(f'--no-cache-dir {carrier}=={metadata.version(carrier)}')
+
+
+def test_detection_alone_needs_them():
+    error = "ModuleNotFoundError: No module named 'mmcv._ext'"
+    assert not doctor.without_mmcv_operators(error, ['mmcv'], ['mmseg']).fails
+    assert doctor.without_mmcv_operators(error, ['mmcv'], ['mmdet']).fails
+
+
+@pytest.mark.parametrize('package', [mmcv, mmdgt])
+def test_an_extension_that_does_not_load(tmp_path, monkeypatch, ill, package):
+    (tmp_path / '_ext.so').write_bytes(b'of another world')
+    monkeypatch.setattr(package, '__path__', [str(tmp_path), *package.__path__])
+    monkeypatch.delitem(sys.modules, f'{package.__name__}._ext', raising=False)
+    ((cause, cure),) = ill()
+    assert f'{package.__name__}._ext' in cause and 'another torch' in cause
+    assert REBUILD in cure
+
+
+def test_own_extension_missing(monkeypatch, ill):
+    monkeypatch.setitem(sys.modules, 'mmdgt._ext', None)
+    assert ill() == [['the extension mmdgt._ext is not built', extension.HOW_TO_BUILD]]
+
+
+def test_own_extension_of_another_torch(monkeypatch, ill):
+    other = SimpleNamespace(torch_version='2.4.0')
+    monkeypatch.setitem(sys.modules, 'mmdgt._ext', other)
+    ((cause, cure),) = ill()
+    assert 'built for torch 2.4.0' in cause and torch.__version__ in cause
+    assert REBUILD in cure
+
+
+def test_own_extension_of_another_gpu(gpu, monkeypatch, ill):
+    def fail(*_):
+        raise RuntimeError('CUDA error: no kernel image is available for execution')
+
+    monkeypatch.setattr(torch.Tensor, 'cuda', lambda x: x)
+    monkeypatch.setattr(torch.cuda, 'synchronize', fail)
+    ((cause, cure),) = ill()
+    assert 'built for other GPUs than this Fast GPU' in cause
+    assert REBUILD in cure and 'TORCH_CUDA_ARCH_LIST=9.0' in cure
+
+
+@pytest.mark.parametrize('wanted_by', ['gpu', 'FORCE_CUDA'])
+def test_no_toolkit(wanted_by, request, monkeypatch, ill):
+    if wanted_by == 'gpu':
+        request.getfixturevalue('gpu')
+    else:
+        monkeypatch.setenv('FORCE_CUDA', '1')
+    monkeypatch.setattr(extension, 'devices', lambda: ['cpu'])
+    monkeypatch.setattr('torch.utils.cpp_extension.CUDA_HOME', None)
+    (cause, cure), (missing, _) = ill()
+    assert 'no nvcc' in cause and 'export CUDA_HOME' in cure
+    assert 'without CUDA kernels' in missing
+
+
+def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
+    nvcc = tmp_path / 'bin/nvcc'
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\necho "#\\$ TOP=/opt/cuda/bin/.." >&2\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(extension, 'devices', lambda: ['cpu'])
+    monkeypatch.setattr('torch.utils.cpp_extension.CUDA_HOME', str(tmp_path))
+    (cause, cure), _ = ill()
+    assert 'only calls the nvcc of /opt/cuda' in cause
+    assert cure == 'run: export CUDA_HOME=/opt/cuda'
+
+
+@pytest.mark.parametrize(
+    ('module', 'error', 'cure'),
+    [
+        ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
+        ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
+        ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
+        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', 'versions that fit'),
+        ('mmdgt.engine', "cannot import name 'analysis'", 'versions that fit'),
+        ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
+    ],
+)
+def test_imports_that_fail(monkeypatch, ill, module, error, cure):
+    original = doctor.import_error
+    fail = {module: f'SomeError: {error}'}
+    monkeypatch.setattr(doctor, 'import_error', lambda m: fail.get(m, original(m)))
+    ((cause, advice),) = ill()
+    assert f'{module} does not import' in cause and error in cause
+    assert cure in advice
+
+
+def test_a_healthy_installation(capsys):
+    assert doctor.main() == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said and mmdgt.__version__ in said
+    assert 'kernels for CPU' in said and 'Nothing is wrong' in said
+
+
+@pytest.mark.parametrize('torch_works', [False, True])
+def test_it_speaks_where_nothing_imports(tmp_path, torch_works):
+    """In a Python of its own, where torch or mmcv is a broken file."""
+    for name in ('mmcv',) if torch_works else ('torch', 'mmengine'):
+        (tmp_path / f'{name}.py').write_text('raise OSError("libc10.so not found")')
+    result = subprocess.run(
+        [sys.executable, '-m', 'mmdgt.doctor'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': f'{tmp_path}:{REPOSITORY}'},
+    )
+    assert result.returncode == 1, result.stderr
+    broken = 'mmcv' if torch_works else 'torch'
+    assert f'WRONG: {broken} does not import: OSError: libc10.so' in result.stdout
+    assert 'python -m mmdgt.doctor' in result.stderr  # the package's own warning
+
+
+def test_names_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(mmdgt, '_problem', OSError('libc10.so'))
+    monkeypatch.delattr(mmdgt, 'DGT')
+    with pytest.raises(ImportError, match=r'mmdgt.DGT .*libc10.so.*mmdgt\.doctor'):
+        from mmdgt import DGT  # noqa: F401
+    assert not hasattr(mmdgt, 'no_such_name')
