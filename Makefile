@@ -10,10 +10,11 @@ BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
 OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 onnx onnxruntime onnxscript \
-  pytest ruff
+  pytest ruff==0.17.5 clang-format==23.1.5
 
 DATA := data/demo
-SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py $(KERNELS)
 
 # Threads that wait long give their core away: spinning, two threads on two cores
 # stall whenever another process takes one of them.
@@ -49,6 +50,7 @@ test: $(VENV)/others
 lint: $(VENV)/others
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
 
 # Build, tests, sanitizer and benchmark of the CUDA kernels on this machine's GPU.
 gpu-check: $(VENV)/others

@@ -19,31 +19,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_impl(
 
 at::Tensor select_keys_impl(const at::Tensor& key, const at::Tensor& centroids,
                             int64_t num_keys, bool sorted) {
-  return DISPATCH_DEVICE_IMPL(select_keys_impl, key, centroids, num_keys,
-                              sorted);
+  return DISPATCH_DEVICE_IMPL(select_keys_impl, key, centroids, num_keys, sorted);
 }
 
 std::tuple<at::Tensor, at::Tensor> group_attention_impl(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {
-  return DISPATCH_DEVICE_IMPL(group_attention_impl, query, key, value, group,
-                              index, scale);
+  return DISPATCH_DEVICE_IMPL(group_attention_impl, query, key, value, group, index,
+                              scale);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_impl(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
     const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
-  return DISPATCH_DEVICE_IMPL(group_attention_backward_impl, grad_out, query,
-                              key, value, group, index, out, logsumexp, scale);
+  return DISPATCH_DEVICE_IMPL(group_attention_backward_impl, grad_out, query, key, value,
+                              group, index, out, logsumexp, scale);
 }
 
 namespace {
 
-void check_device(const at::Tensor& tensor, const char* name,
-                  const at::Tensor& first) {
-  TORCH_CHECK(tensor.device() == first.device(), name, " is on ",
-              tensor.device(), " but the first argument is on ", first.device(),
+void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& first) {
+  TORCH_CHECK(tensor.device() == first.device(), name, " is on ", tensor.device(),
+              " but the first argument is on ", first.device(),
               "; move them to one device");
 }
 
@@ -52,30 +50,26 @@ void check_tokens(const at::Tensor& tokens, const char* name) {
   TORCH_CHECK(tokens.dim() == 4, name, " must have shape (B, H, L, D), got ",
               tokens.sizes());
   const auto dtype = tokens.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf ||
-                  dtype == at::kBFloat16 ||
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
                   (dtype == at::kDouble && tokens.device().is_cpu()),
               name, " must be float32, float16 or bfloat16",
               tokens.device().is_cpu() ? " or float64" : "", ", got ", dtype);
   const int64_t head_dim = tokens.size(3);
-  TORCH_CHECK(head_dim >= kHeadDimStep && head_dim <= kMaxHeadDim &&
-                  head_dim % kHeadDimStep == 0,
-              name, "'s head dim must be a multiple of ", kHeadDimStep,
-              " up to ", kMaxHeadDim, ", got ", head_dim,
-              "; use the reference back end for others");
+  TORCH_CHECK(
+      head_dim >= kHeadDimStep && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0,
+      name, "'s head dim must be a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim,
+      ", got ", head_dim, "; use the reference back end for others");
   TORCH_CHECK(tokens.stride(3) == 1, name,
-              "'s last dimension must have stride 1, got strides ",
-              tokens.strides(), "; call .contiguous() on it");
-  TORCH_CHECK(tokens.size(2) <= std::numeric_limits<int32_t>::max(), name,
-              " has ", tokens.size(2), " tokens, more than int32 can index");
+              "'s last dimension must have stride 1, got strides ", tokens.strides(),
+              "; call .contiguous() on it");
+  TORCH_CHECK(tokens.size(2) <= std::numeric_limits<int32_t>::max(), name, " has ",
+              tokens.size(2), " tokens, more than int32 can index");
 }
 
-void check_same(const at::Tensor& tokens, const char* name,
-                const at::Tensor& query) {
+void check_same(const at::Tensor& tokens, const char* name, const at::Tensor& query) {
   check_device(tokens, name, query);
-  TORCH_CHECK(tokens.sizes() == query.sizes(), name, " has shape ",
-              tokens.sizes(), ", but query has ", query.sizes(),
-              "; they must be equal");
+  TORCH_CHECK(tokens.sizes() == query.sizes(), name, " has shape ", tokens.sizes(),
+              ", but query has ", query.sizes(), "; they must be equal");
   TORCH_CHECK(tokens.scalar_type() == query.scalar_type(), name, " is ",
               tokens.scalar_type(), ", but query is ", query.scalar_type(),
               "; cast them to one type");
@@ -92,18 +86,16 @@ void check_centroids(const at::Tensor& centroids, const at::Tensor& tokens) {
               "the number of groups must be 1 to ", kMaxGroups, ", got ",
               centroids.size(1));
   TORCH_CHECK(centroids.scalar_type() == at::kFloat && centroids.is_contiguous(),
-              "centroids must be contiguous float32, got ",
-              centroids.scalar_type(), " with strides ", centroids.strides(),
+              "centroids must be contiguous float32, got ", centroids.scalar_type(),
+              " with strides ", centroids.strides(),
               "; call .float().contiguous() on them");
 }
 
-void check_choice(const at::Tensor& choice, const char* name,
-                  const at::Tensor& query) {
+void check_choice(const at::Tensor& choice, const char* name, const at::Tensor& query) {
   check_device(choice, name, query);
   TORCH_CHECK(choice.scalar_type() == at::kInt && choice.is_contiguous(), name,
-              " must be contiguous int32, got ", choice.scalar_type(),
-              " with strides ", choice.strides(),
-              "; call .int().contiguous() on it");
+              " must be contiguous int32, got ", choice.scalar_type(), " with strides ",
+              choice.strides(), "; call .int().contiguous() on it");
 }
 
 void check_attention(const at::Tensor& query, const at::Tensor& key,
@@ -114,24 +106,24 @@ void check_attention(const at::Tensor& query, const at::Tensor& key,
   check_same(value, "value", query);
   check_choice(group, "group", query);
   TORCH_CHECK(group.sizes() == query.sizes().slice(0, 3),
-              "group must have shape (B, H, L) = ", query.sizes().slice(0, 3),
-              ", got ", group.sizes());
+              "group must have shape (B, H, L) = ", query.sizes().slice(0, 3), ", got ",
+              group.sizes());
   check_choice(index, "index", query);
   TORCH_CHECK(index.dim() == 4 && index.size(0) == query.size(0) &&
                   index.size(1) == query.size(1),
               "index must have shape (B, H, G, K) with B = ", query.size(0),
               " and H = ", query.size(1), ", got ", index.sizes());
   TORCH_CHECK(index.size(2) >= 1 && index.size(2) <= kMaxGroups,
-              "the number of groups must be 1 to ", kMaxGroups, ", got ",
-              index.size(2));
+              "the number of groups must be 1 to ", kMaxGroups, ", got ", index.size(2));
   const int64_t tokens = query.size(2);
   TORCH_CHECK(index.size(3) <= tokens && (index.size(3) >= 1 || tokens == 0),
               "index must name 1 to L = ", tokens, " keys per group, got ",
               index.size(3));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries(
-    const at::Tensor& query, const at::Tensor& centroids, bool with_sums) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries(const at::Tensor& query,
+                                                              const at::Tensor& centroids,
+                                                              bool with_sums) {
   check_tokens(query, "query");
   check_centroids(centroids, query);
   return assign_queries_impl(query, centroids, with_sums);
@@ -142,8 +134,7 @@ at::Tensor select_keys(const at::Tensor& key, const at::Tensor& centroids,
   check_tokens(key, "key");
   check_centroids(centroids, key);
   TORCH_CHECK(num_keys >= 1, "num_keys must be at least 1, got ", num_keys);
-  return select_keys_impl(key, centroids, std::min(num_keys, key.size(2)),
-                          sorted);
+  return select_keys_impl(key, centroids, std::min(num_keys, key.size(2)), sorted);
 }
 
 std::tuple<at::Tensor, at::Tensor> group_attention(
@@ -160,21 +151,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward(
   check_attention(query, key, value, group, index);
   check_same(out, "out", query);
   check_device(logsumexp, "logsumexp", query);
-  const auto accumulate =
-      query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto accumulate = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK(logsumexp.sizes() == group.sizes() &&
-                  logsumexp.scalar_type() == accumulate &&
-                  logsumexp.is_contiguous(),
-              "logsumexp must be contiguous ", accumulate, " of shape ",
-              group.sizes(), ", got ", logsumexp.scalar_type(), " of shape ",
-              logsumexp.sizes());
+                  logsumexp.scalar_type() == accumulate && logsumexp.is_contiguous(),
+              "logsumexp must be contiguous ", accumulate, " of shape ", group.sizes(),
+              ", got ", logsumexp.scalar_type(), " of shape ", logsumexp.sizes());
   // Autograd hands over whatever the next operator made, e.g. an expanded scalar.
   const auto grad =
-      grad_out.dim() == 4 && grad_out.stride(3) != 1 ? grad_out.contiguous()
-                                                     : grad_out;
+      grad_out.dim() == 4 && grad_out.stride(3) != 1 ? grad_out.contiguous() : grad_out;
   check_same(grad, "grad_out", query);
-  return group_attention_backward_impl(grad, query, key, value, group, index,
-                                       out, logsumexp, scale);
+  return group_attention_backward_impl(grad, query, key, value, group, index, out,
+                                       logsumexp, scale);
 }
 
 void add_kernels(torch::Library& library) {

@@ -28,9 +28,8 @@ struct SinglesLayout {
     copy_row<V>(from, to, length, padded);
   }
   // value (K, D), gathered -> (K, padded), a right operand.
-  static void pack_values(Rows<const T> value, const int32_t* index,
-                          int64_t num_keys, Scalar* to, int64_t length,
-                          int64_t padded) {
+  static void pack_values(Rows<const T> value, const int32_t* index, int64_t num_keys,
+                          Scalar* to, int64_t length, int64_t padded) {
     for (int64_t i = 0; i < num_keys; ++i) {
       copy_row<V>(value[index[i]], to + i * padded, length, padded);
     }
@@ -120,22 +119,21 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
   const int64_t depth = round_up(head_dim / kNumbers, V::kWidth);
   const int64_t columns = round_up(head_dim, V::kWidth);
 
-  scratch.start(sizeof(Scalar) *
-                (depth * keys + key_depth * columns +
-                 std::max<int64_t>(kQueryBlock, V::kWidth) * depth +
-                 kQueryBlock * (keys + columns + 2 * V::kWidth + 1)));
+  scratch.start(sizeof(Scalar) * (depth * keys + key_depth * columns +
+                                  std::max<int64_t>(kQueryBlock, V::kWidth) * depth +
+                                  kQueryBlock * (keys + columns + 2 * V::kWidth + 1)));
   Scalar* key = scratch.take<Scalar>(depth * keys);           // (D, K)
   Scalar* value = scratch.take<Scalar>(key_depth * columns);  // (K, D)
-  Scalar* query = scratch.take<Scalar>(
-      std::max<int64_t>(kQueryBlock, V::kWidth) * depth);     // (queries, D)
+  Scalar* query = scratch.take<Scalar>(std::max<int64_t>(kQueryBlock, V::kWidth) *
+                                       depth);  // (queries, D)
   Scalar* probability = scratch.take<Scalar>(kQueryBlock * keys);
   Scalar* out = scratch.take<Scalar>(kQueryBlock * columns);
   Scalar* sums = scratch.take<Scalar>(kQueryBlock * V::kWidth);
   Scalar* maxima = scratch.take<Scalar>(kQueryBlock * V::kWidth);
   Scalar* shifts = scratch.take<Scalar>(kQueryBlock);
 
-  pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, depth, key,
-                             keys, query);
+  pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, depth, key, keys,
+                             query);
   Layout::pack_values(task.value, task.index, num_keys, value, head_dim, columns);
   Scalar longest_key = 0;  // squared
   bool finite = true;
@@ -159,8 +157,7 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
     bool bounded = finite;
     for (int64_t i = 0; i < rows; ++i) {
       Scalar* row = query + i * depth;
-      Layout::pack_row(task.query[tokens[std::min(i, count - 1)]], row, head_dim,
-                       depth);
+      Layout::pack_row(task.query[tokens[std::min(i, count - 1)]], row, head_dim, depth);
       auto squares = V::zero();
       for (int64_t d = 0; d < depth; d += V::kWidth) {
         const auto part = V::load(row + d);
@@ -186,8 +183,8 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
     std::fill(sums, sums + rows * V::kWidth, Scalar(0));
     product<V, Multiply>(
         queries, keys_t, rows, head_dim / kNumbers, vectors,
-        Exponentials<V, Probability>{reinterpret_cast<Probability*>(probability),
-                                     keys, factor, shifts, sums, num_keys});
+        Exponentials<V, Probability>{reinterpret_cast<Probability*>(probability), keys,
+                                     factor, shifts, sums, num_keys});
     product<V, Multiply>(Left<Scalar>{probability, keys / kNumbers, 1},
                          Right<Scalar>{value, columns}, rows, key_depth,
                          columns / V::kWidth, StoreTile<V>{out, columns});
@@ -260,8 +257,8 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
   const int64_t gathered = std::max<int64_t>(kQueryBlock, V::kWidth);
 
   scratch.start(sizeof(Scalar) *
-                (columns * keys * 2 + num_keys * columns +
-                 2 * gathered * columns + 2 * (kQueryBlock * keys + V::kTileRows) +
+                (columns * keys * 2 + num_keys * columns + 2 * gathered * columns +
+                 2 * (kQueryBlock * keys + V::kTileRows) +
                  kQueryBlock * (columns + V::kWidth + 2)));
   Scalar* key_t = scratch.take<Scalar>(columns * keys);         // (D, K)
   Scalar* value_t = scratch.take<Scalar>(columns * keys);       // (D, K)
@@ -269,18 +266,17 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
   Scalar* query = scratch.take<Scalar>(gathered * columns);     // (queries, D)
   Scalar* grad_out = scratch.take<Scalar>(gathered * columns);  // (queries, D)
   // The last tile of keys may read past the end of a row of these two.
-  Scalar* probability =
-      scratch.take<Scalar>(kQueryBlock * keys + V::kTileRows);
+  Scalar* probability = scratch.take<Scalar>(kQueryBlock * keys + V::kTileRows);
   Scalar* grad_score = scratch.take<Scalar>(kQueryBlock * keys + V::kTileRows);
   Scalar* grad_query = scratch.take<Scalar>(kQueryBlock * columns);
   Scalar* sums = scratch.take<Scalar>(kQueryBlock * V::kWidth);
   Scalar* shifts = scratch.take<Scalar>(kQueryBlock);
   Scalar* deltas = scratch.take<Scalar>(kQueryBlock);
 
-  pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, columns,
-                             key_t, keys, query);
-  pack_transposed<V, Layout>(task.value, task.index, num_keys, head_dim, columns,
-                             value_t, keys, query);
+  pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, columns, key_t,
+                             keys, query);
+  pack_transposed<V, Layout>(task.value, task.index, num_keys, head_dim, columns, value_t,
+                             keys, query);
   Layout::pack_values(task.key, task.index, num_keys, key, head_dim, columns);
 
   const auto scale = static_cast<Scalar>(task.scale);
@@ -298,36 +294,32 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
       copy_row<V>(task.out[token], grad_query, head_dim, columns);
       auto products = V::zero();
       for (int64_t d = 0; d < columns; d += V::kWidth) {
-        products = V::fmadd(V::load(grad_out + i * columns + d),
-                            V::load(grad_query + d), products);
+        products = V::fmadd(V::load(grad_out + i * columns + d), V::load(grad_query + d),
+                            products);
       }
       deltas[i] = V::sum(products);
       shifts[i] = task.logsumexp[token] * static_cast<Scalar>(kLog2E);
     }
 
     const Left<Scalar> queries{query, columns, 1}, grad_outs{grad_out, columns, 1};
-    product<V, Multiply>(queries, Right<Scalar>{key_t, keys}, rows, head_dim,
+    product<V, Multiply>(
+        queries, Right<Scalar>{key_t, keys}, rows, head_dim, keys / V::kWidth,
+        Exponentials<V, Scalar>{probability, keys, factor, shifts, sums, num_keys});
+    product<V, Multiply>(grad_outs, Right<Scalar>{value_t, keys}, rows, head_dim,
                          keys / V::kWidth,
-                         Exponentials<V, Scalar>{probability, keys, factor, shifts,
-                                                 sums, num_keys});
-    product<V, Multiply>(
-        grad_outs, Right<Scalar>{value_t, keys}, rows, head_dim, keys / V::kWidth,
-        ScoreGradients<V>{probability, deltas, grad_score, keys});
+                         ScoreGradients<V>{probability, deltas, grad_score, keys});
 
-    product<V, Multiply>(Left<Scalar>{grad_score, keys, 1},
-                         Right<Scalar>{key, columns}, rows, num_keys, vectors,
-                         StoreTile<V>{grad_query, columns});
-    product<V, Multiply>(Left<Scalar>{grad_score, 1, keys},
-                         Right<Scalar>{query, columns}, key_rows, count, vectors,
+    product<V, Multiply>(Left<Scalar>{grad_score, keys, 1}, Right<Scalar>{key, columns},
+                         rows, num_keys, vectors, StoreTile<V>{grad_query, columns});
+    product<V, Multiply>(Left<Scalar>{grad_score, 1, keys}, Right<Scalar>{query, columns},
+                         key_rows, count, vectors,
                          AddTile<V>{task.grad_key, grad_step, num_keys, scale});
-    product<V, Multiply>(
-        Left<Scalar>{probability, 1, keys}, Right<Scalar>{grad_out, columns},
-        key_rows, count, vectors,
-        AddTile<V>{task.grad_value, grad_step, num_keys, Scalar(1)});
+    product<V, Multiply>(Left<Scalar>{probability, 1, keys},
+                         Right<Scalar>{grad_out, columns}, key_rows, count, vectors,
+                         AddTile<V>{task.grad_value, grad_step, num_keys, Scalar(1)});
 
     for (int64_t i = 0; i < count; ++i) {
-      store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]],
-                   head_dim);
+      store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]], head_dim);
     }
   }
 }

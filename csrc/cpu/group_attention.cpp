@@ -276,7 +276,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
 }  // namespace
 
 REGISTER_DEVICE_IMPL(group_attention_impl, CPU, group_attention_cpu);
-REGISTER_DEVICE_IMPL(group_attention_backward_impl, CPU,
-                     group_attention_backward_cpu);
+REGISTER_DEVICE_IMPL(group_attention_backward_impl, CPU, group_attention_backward_cpu);
 
 }  // namespace mmdgt

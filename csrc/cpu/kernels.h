@@ -83,9 +83,7 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 }
 
 // Rows of gathered gradients are this long in memory, to hold whole vectors.
-constexpr int64_t padded_head_dim(int64_t head_dim) {
-  return round_up(head_dim, 16);
-}
+constexpr int64_t padded_head_dim(int64_t head_dim) { return round_up(head_dim, 16); }
 
 template <class T>
 struct Kernels {
@@ -94,8 +92,7 @@ struct Kernels {
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
   // (count, D) numbers into rows of D.
-  void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count,
-                int64_t head_dim);
+  void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count, int64_t head_dim);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

@@ -66,9 +66,8 @@ void product_columns(Left<typename V::Scalar> left, Right<typename V::Scalar> ri
 // register tile to epilogue(row, first vector, tile). `rows` must be a multiple of
 // V::kTileRows: pad the left operand.
 template <class V, class Multiply, class Epilogue>
-void product(Left<typename V::Scalar> left, Right<typename V::Scalar> right,
-             int64_t rows, int64_t depth, int64_t vectors,
-             const Epilogue& epilogue) {
+void product(Left<typename V::Scalar> left, Right<typename V::Scalar> right, int64_t rows,
+             int64_t depth, int64_t vectors, const Epilogue& epilogue) {
   for (int64_t first = 0; first < vectors; first += V::kTileVectors) {
     const int64_t now = std::min<int64_t>(V::kTileVectors, vectors - first);
     if constexpr (V::kTileVectors >= 4) {
@@ -128,9 +127,8 @@ MMDGT_INLINE void store_row(const typename V::Scalar* row, typename V::Scalar fa
 
 // Transposes (rows, columns), both multiples of the width.
 template <class V>
-void transpose(const typename V::Scalar* from, int64_t from_step,
-               typename V::Scalar* to, int64_t to_step, int64_t rows,
-               int64_t columns) {
+void transpose(const typename V::Scalar* from, int64_t from_step, typename V::Scalar* to,
+               int64_t to_step, int64_t rows, int64_t columns) {
   typename V::Reg tile[V::kWidth];
   for (int64_t row = 0; row < rows; row += V::kWidth) {
     for (int64_t column = 0; column < columns; column += V::kWidth) {

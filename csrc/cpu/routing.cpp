@@ -61,8 +61,8 @@ at::Tensor select_keys_cpu(const at::Tensor& key, const at::Tensor& centroids,
   const int64_t batch = key.size(0), heads = key.size(1);
   const int64_t tokens = key.size(2), head_dim = key.size(3);
   const int64_t groups = centroids.size(1);
-  auto index = at::empty({batch, heads, groups, num_keys},
-                         centroids.options().dtype(at::kInt));
+  auto index =
+      at::empty({batch, heads, groups, num_keys}, centroids.options().dtype(at::kInt));
   if (index.numel() == 0) return index;
   // Few slices for many threads: split each by groups, 16 or more together.
   const int64_t slices = batch * heads;

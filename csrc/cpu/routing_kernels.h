@@ -14,19 +14,19 @@ class Scorer {
   static int64_t scratch_bytes(int64_t groups, int64_t head_dim) {
     const int64_t width = round_up(groups, V::kWidth);
     const int64_t depth = padded_depth(head_dim);
-    return sizeof(float) * ((width + kScoredTokens) * depth + width * depth +
-                            kScoredTokens * width);
+    return sizeof(float) *
+           ((width + kScoredTokens) * depth + width * depth + kScoredTokens * width);
   }
 
-  Scorer(Rows<const T> tokens, const float* centroids, int64_t groups,
-         int64_t head_dim, Scratch& scratch)
+  Scorer(Rows<const T> tokens, const float* centroids, int64_t groups, int64_t head_dim,
+         Scratch& scratch)
       : tokens_(tokens), head_dim_(head_dim), width_(round_up(groups, V::kWidth)) {
     const int64_t depth = padded_depth(head_dim);
     float* rows = scratch.take<float>(width_ * depth);
     for (int64_t g = 0; g < width_; ++g) {
       // The lanes past the last group repeat the first: on a tie it wins.
-      copy_row<V>(centroids + (g < groups ? g : 0) * head_dim, rows + g * depth,
-                  head_dim, depth);
+      copy_row<V>(centroids + (g < groups ? g : 0) * head_dim, rows + g * depth, head_dim,
+                  depth);
     }
     centroids_ = scratch.take<float>(depth * width_);
     transpose<V>(rows, depth, centroids_, width_, width_, depth);
@@ -43,8 +43,8 @@ class Scorer {
     }
     product<V, Singles<V>>(Left<float>{rows_, head_dim_, 1},
                            Right<float>{centroids_, width_},
-                           round_up(count, V::kTileRows), head_dim_,
-                           width_ / V::kWidth, StoreTile<V>{scores_, width_});
+                           round_up(count, V::kTileRows), head_dim_, width_ / V::kWidth,
+                           StoreTile<V>{scores_, width_});
   }
 
   // Of the i-th token scored: its D numbers, and its score for every centroid.
@@ -53,9 +53,7 @@ class Scorer {
   int64_t width() const { return width_; }
 
  private:
-  static int64_t padded_depth(int64_t head_dim) {
-    return round_up(head_dim, V::kWidth);
-  }
+  static int64_t padded_depth(int64_t head_dim) { return round_up(head_dim, V::kWidth); }
 
   Rows<const T> tokens_;
   int64_t head_dim_, width_;
@@ -89,8 +87,7 @@ MMDGT_INLINE int32_t first_maximum(const float* scores, int64_t width) {
 template <class V, class T>
 void assign(const AssignTask<T>& task, Scratch& scratch) {
   scratch.start(Scorer<V, T>::scratch_bytes(task.groups, task.head_dim));
-  Scorer<V, T> scorer(task.query, task.centroids, task.groups, task.head_dim,
-                      scratch);
+  Scorer<V, T> scorer(task.query, task.centroids, task.groups, task.head_dim, scratch);
   const int64_t head_dim = task.head_dim;
   for (int64_t first = 0; first < task.tokens; first += kScoredTokens) {
     const int64_t count = std::min(kScoredTokens, task.tokens - first);
@@ -154,8 +151,8 @@ void estimate_thresholds(Scorer<V, T>& scorer, int64_t tokens, int64_t num_keys,
       for (int64_t i = 0; i < samples; i += 4) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          count[j] = V::count_not_below(
-              count[j], V::load(sampled + (i + j) * width + g), limit);
+          count[j] =
+              V::count_not_below(count[j], V::load(sampled + (i + j) * width + g), limit);
         }
       }
       V::store(reached, (count[0] + count[1]) + (count[2] + count[3]));
@@ -267,8 +264,7 @@ void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
   for (int64_t first = 0; first < tokens; first += kScoredTokens) {
     const int64_t count = std::min(kScoredTokens, tokens - first);
     scorer.score(first, 1, count);
-    std::copy(scorer.scores(0), scorer.scores(0) + count * width,
-              scores + first * width);
+    std::copy(scorer.scores(0), scorer.scores(0) + count * width, scores + first * width);
   }
   std::fill(scores + tokens * width, scores + padded * width, 0.0f);
   transpose<V>(scores, width, transposed, padded, padded, width);
@@ -287,8 +283,8 @@ template <class V, class T>
 void select(const SelectTask<T>& task, Scratch& scratch) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t tokens = task.tokens, groups = task.groups, wanted = task.num_keys;
-  const int64_t samples = round_up(
-      std::clamp<int64_t>(tokens / 16, 384, 2048), kScoredTokens);
+  const int64_t samples =
+      round_up(std::clamp<int64_t>(tokens / 16, 384, 2048), kScoredTokens);
   if (tokens < 4 * samples || tokens < 4 * wanted) {
     select_of_few<V, T>(task, scratch);
     return;
@@ -297,8 +293,7 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   const int64_t width = round_up(groups, V::kWidth);
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
                 groups * capacity * (sizeof(uint32_t) + sizeof(int32_t)) +
-                wanted * sizeof(uint64_t) +
-                (1 + samples) * width * sizeof(float));
+                wanted * sizeof(uint64_t) + (1 + samples) * width * sizeof(float));
   Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
   uint32_t* bits = scratch.take<uint32_t>(groups * capacity);
   int32_t* places = scratch.take<int32_t>(groups * capacity);
@@ -311,8 +306,7 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   candidates.reserve(groups);
   std::vector<uint64_t> open((groups + 63) / 64, 0);  // one bit per group
   for (int64_t g = 0; g < groups; ++g) {
-    candidates.emplace_back(bits + g * capacity, places + g * capacity, capacity,
-                            wanted);
+    candidates.emplace_back(bits + g * capacity, places + g * capacity, capacity, wanted);
     open[g / 64] |= uint64_t{1} << g % 64;
   }
   for (bool again = true; again;) {
@@ -325,8 +319,8 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
           uint64_t passed = 0;
           const int64_t end = std::min<int64_t>(64, width - base);
           for (int64_t g = 0; g < end; g += V::kWidth) {
-            const uint64_t found = V::not_less(V::load(scores + base + g),
-                                               V::load(thresholds + base + g));
+            const uint64_t found =
+                V::not_less(V::load(scores + base + g), V::load(thresholds + base + g));
             passed |= found << g;
           }
           passed &= open[base / 64];

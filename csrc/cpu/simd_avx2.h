@@ -22,42 +22,35 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
   }
   static MMDGT_INLINE Reg load(const c10::BFloat16* from) {
-    const __m256i wide =
-        _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static MMDGT_INLINE void store(float* to, Reg reg) { _mm256_storeu_ps(to, reg); }
   static MMDGT_INLINE void store(c10::Half* to, Reg reg) {
-    _mm_storeu_si128((__m128i*)to,
-                     _mm256_cvtps_ph(reg, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(reg, _MM_FROUND_TO_NEAREST_INT));
   }
   static MMDGT_INLINE void store(c10::BFloat16* to, Reg reg) {
     const __m256i bits = _mm256_castps_si256(reg);
     const __m256i odd =
         _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(
-        bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     rounded = _mm256_srli_epi32(rounded, 16);
-    const __m256i nan =
-        _mm256_castps_si256(_mm256_cmp_ps(reg, reg, _CMP_UNORD_Q));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(reg, reg, _CMP_UNORD_Q));
     rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     _mm_storeu_si128((__m128i*)to,
                      _mm_packus_epi32(_mm256_castsi256_si128(rounded),
                                       _mm256_extracti128_si256(rounded, 1)));
   }
-  static MMDGT_INLINE Reg fmadd(Reg a, Reg b, Reg c) {
-    return _mm256_fmadd_ps(a, b, c);
-  }
+  static MMDGT_INLINE Reg fmadd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static MMDGT_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static MMDGT_INLINE float sum(Reg reg) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(reg),
-                             _mm256_extractf128_ps(reg, 1));
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(reg), _mm256_extractf128_ps(reg, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
   static MMDGT_INLINE float largest(Reg reg) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(reg),
-                             _mm256_extractf128_ps(reg, 1));
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(reg), _mm256_extractf128_ps(reg, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
@@ -104,8 +97,7 @@ struct Avx2 {
     for (int i = 0; i < 8; i += 4) {
       for (int j = 0; j < 2; ++j) {
         quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-        quads[i + 2 * j + 1] =
-            _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
       }
     }
     for (int i = 0; i < 4; ++i) {

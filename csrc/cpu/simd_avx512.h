@@ -23,30 +23,25 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
   }
   static MMDGT_INLINE Reg load(const c10::BFloat16* from) {
-    const __m512i wide =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
   static MMDGT_INLINE void store(float* to, Reg reg) { _mm512_storeu_ps(to, reg); }
   static MMDGT_INLINE void store(c10::Half* to, Reg reg) {
-    _mm256_storeu_si256((__m256i*)to,
-                        _mm512_cvtps_ph(reg, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(reg, _MM_FROUND_TO_NEAREST_INT));
   }
   static MMDGT_INLINE void store(c10::BFloat16* to, Reg reg) {
     const __m512i bits = _mm512_castps_si512(reg);
     const __m512i odd =
         _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(
-        bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     rounded = _mm512_srli_epi32(rounded, 16);
-    rounded = _mm512_mask_mov_epi32(rounded,
-                                    _mm512_cmp_ps_mask(reg, reg, _CMP_UNORD_Q),
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(reg, reg, _CMP_UNORD_Q),
                                     _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(rounded));
   }
-  static MMDGT_INLINE Reg fmadd(Reg a, Reg b, Reg c) {
-    return _mm512_fmadd_ps(a, b, c);
-  }
+  static MMDGT_INLINE Reg fmadd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static MMDGT_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static MMDGT_INLINE float sum(Reg reg) { return _mm512_reduce_add_ps(reg); }
   static MMDGT_INLINE float largest(Reg reg) { return _mm512_reduce_max_ps(reg); }
@@ -67,8 +62,8 @@ struct Avx512 {
     return _mm512_maskz_mov_ps((1u << lanes) - 1, reg);
   }
   static MMDGT_INLINE Reg exp2(Reg x) {
-    const Reg whole = _mm512_roundscale_ps(
-        x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Reg whole =
+        _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Reg r = _mm512_sub_ps(x, whole);
     Reg poly = broadcast(kExp2Coefficients[5]);
 #pragma GCC unroll 5

@@ -39,20 +39,19 @@ struct Bf16PairsLayout {
   }
 
   // value (K, D), gathered -> (K / 2, padded), pairs of a column's neighbours.
-  static void pack_values(Rows<const T> value, const int32_t* index,
-                          int64_t num_keys, float* to, int64_t length,
-                          int64_t padded) {
+  static void pack_values(Rows<const T> value, const int32_t* index, int64_t num_keys,
+                          float* to, int64_t length, int64_t padded) {
     const __m256i zero = _mm256_setzero_si256();
     for (int64_t i = 0; i < num_keys; i += 2) {
       const T* even = value[index[i]];
       const T* odd = i + 1 < num_keys ? value[index[i + 1]] : nullptr;
       for (int64_t d = 0; d < padded; d += 16) {
-        const auto mask = static_cast<__mmask16>(
-            length - d < 16 ? (1u << (length - d)) - 1 : 0xffffu);
+        const auto mask =
+            static_cast<__mmask16>(length - d < 16 ? (1u << (length - d)) - 1 : 0xffffu);
         const __m512i low =
             _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + d));
-        const __m512i high = _mm512_cvtepu16_epi32(
-            odd ? _mm256_maskz_loadu_epi16(mask, odd + d) : zero);
+        const __m512i high =
+            _mm512_cvtepu16_epi32(odd ? _mm256_maskz_loadu_epi16(mask, odd + d) : zero);
         _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
       to += padded;

@@ -36,9 +36,7 @@ struct Portable {
     for (int i = 0; i < kWidth; ++i) reg[i] = static_cast<T>(from[i]);
     return reg;
   }
-  static MMDGT_INLINE void store(T* to, Reg reg) {
-    std::memcpy(to, &reg, sizeof(reg));
-  }
+  static MMDGT_INLINE void store(T* to, Reg reg) { std::memcpy(to, &reg, sizeof(reg)); }
   template <class Stored>
   static MMDGT_INLINE void store(Stored* to, Reg reg) {
     for (int i = 0; i < kWidth; ++i) to[i] = static_cast<Stored>(reg[i]);

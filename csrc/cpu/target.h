@@ -6,13 +6,12 @@
 
 #define MMDGT_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define MMDGT_TARGET_BEGIN(isa)                                           \
-  MMDGT_PRAGMA(clang attribute push(__attribute__((target(isa))),         \
-                                    apply_to = function))
+#define MMDGT_TARGET_BEGIN(isa) \
+  MMDGT_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define MMDGT_TARGET_END MMDGT_PRAGMA(clang attribute pop)
 #else
-#define MMDGT_TARGET_BEGIN(isa)      \
-  MMDGT_PRAGMA(GCC push_options)     \
+#define MMDGT_TARGET_BEGIN(isa)  \
+  MMDGT_PRAGMA(GCC push_options) \
   MMDGT_PRAGMA(GCC target(isa))
 #define MMDGT_TARGET_END MMDGT_PRAGMA(GCC pop_options)
 #endif

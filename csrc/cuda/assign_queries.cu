@@ -12,8 +12,8 @@ constexpr int kWarps = kThreads / 32;
 // One step of a reduction over the lanes that hold the groups: halves the columns
 // that a lane is responsible for, as long as there are several.
 template <int kBit, int kColumns, int kAll>
-__device__ __forceinline__ void reduce_columns(float (&best)[kAll],
-                                               int (&group)[kAll], int& column) {
+__device__ __forceinline__ void reduce_columns(float (&best)[kAll], int (&group)[kAll],
+                                               int& column) {
   constexpr int kKept = kColumns > 1 ? kColumns / 2 : 1;
   const bool upper = kColumns > 1 && (threadIdx.x & kBit);
 #pragma unroll
@@ -214,29 +214,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
     const Rows<const T> q(rows);
-    const int64_t chunk =
-        tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
-    launch(assign_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), rows),
-           kThreads, CentroidOperands<T, kWidth>::bytes(G), q,
-           centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(),
-           static_cast<int>(L), static_cast<int>(G), static_cast<int>(D),
-           static_cast<int>(chunk));
+    const int64_t chunk = tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
+    launch(assign_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), rows), kThreads,
+           CentroidOperands<T, kWidth>::bytes(G), q, centroids.const_data_ptr<float>(),
+           group.mutable_data_ptr<int>(), static_cast<int>(L), static_cast<int>(G),
+           static_cast<int>(D), static_cast<int>(chunk));
     if (!with_sums) return;
     const int64_t warps = std::clamp<int64_t>((64 << 10) / (G * 128), 1, kWarps);
     const int64_t slices = ceil_div(D, 32);
     const int64_t parts = std::clamp<int64_t>(
-        4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount /
-            (H * slices),
-        1, ceil_div(B * ceil_div(L, 32), warps));
+        4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount / (H * slices), 1,
+        ceil_div(B * ceil_div(L, 32), warps));
     sums = at::empty({parts, H, G, D}, floats);
     counts = at::empty({parts, H, G}, ints);
     launch(sum_kernel<T, kWidth>,
            dim3(static_cast<unsigned>(parts * slices), static_cast<unsigned>(H)),
            static_cast<int>(32 * warps), warps * G * 128 + G * 4, q,
            group.const_data_ptr<int>(), sums.mutable_data_ptr<float>(),
-           counts.mutable_data_ptr<int>(), static_cast<int>(B),
-           static_cast<int>(L), static_cast<int>(G), static_cast<int>(D),
-           static_cast<int>(parts));
+           counts.mutable_data_ptr<int>(), static_cast<int>(B), static_cast<int>(L),
+           static_cast<int>(G), static_cast<int>(D), static_cast<int>(parts));
     sums = sums.sum(0);
     counts = counts.sum(0, false, at::kInt);
   });

@@ -31,7 +31,7 @@ template <typename T, int D>
 struct OnlineSoftmax {
   float o[D / 8][4] = {};
   float highest[2] = {-INFINITY, -INFINITY};  // of rows r and r + 8
-  float sum[2] = {0.f, 0.f};  // of this lane's columns alone
+  float sum[2] = {0.f, 0.f};                  // of this lane's columns alone
 
   // Adds the keys in rows [row, row + kKeys) of `values` by their scores s, -inf
   // where a query does not see the key. Scores are multiplied by scale_log2 > 0.

@@ -39,8 +39,7 @@ struct Memory {
 // with one stage, the next one is copied and the tokens of the one after are looked
 // up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps,
-                                  D * sizeof(T) > 64 ? 1 : 16 / kWarps)
+__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
     attend_kernel(Rows<const T> query, Rows<const T> key, Rows<const T> value,
                   const int* __restrict__ order, const int4* __restrict__ tiles,
                   const int* __restrict__ index, Rows<T> out,
@@ -152,8 +151,8 @@ __global__ void __launch_bounds__(32 * kWarps,
             }
           }
         }
-        softmax.template add<kKeys>(s, scale_log2,
-                                    SharedRows<T, D>(memory.values(stage)), 0);
+        softmax.template add<kKeys>(s, scale_log2, SharedRows<T, D>(memory.values(stage)),
+                                    0);
         if (of_tile == stages - 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -173,8 +172,7 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
   const c10::cuda::CUDAGuard guard(query.device());
   const int64_t L = query.size(2), G = index.size(2), K = index.size(3);
   at::Tensor out = empty_heads_last(query);
-  at::Tensor logsumexp =
-      at::empty(group.sizes(), query.options().dtype(at::kFloat));
+  at::Tensor logsumexp = at::empty(group.sizes(), query.options().dtype(at::kFloat));
   if (group.numel() == 0) return {out, logsumexp};
 
   const at::Tensor q = aligned_rows(query), k = aligned_rows(key);

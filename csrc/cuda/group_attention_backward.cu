@@ -13,17 +13,13 @@ namespace {
 // dQ = scale * dS K with dS = P * (dP - delta), dP = dO V^T, delta = rowsum(dO * O).
 // Blocks as in the forward pass. delta (B,H,L) is kept for the other kernel.
 template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps,
-                                  D * sizeof(T) > 64 ? 1 : 16 / kWarps)
-    grad_query_kernel(Rows<const T> grad_out, Rows<const T> query,
-                      Rows<const T> key, Rows<const T> value, Rows<const T> out,
-                      const int* __restrict__ order,
-                      const int4* __restrict__ tiles,
-                      const int* __restrict__ index,
-                      const float* __restrict__ logsumexp,
-                      float* __restrict__ delta_out, Rows<T> grad_query,
-                      int num_tokens, int num_groups, int num_keys, int dim,
-                      float scale) {
+__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
+    grad_query_kernel(Rows<const T> grad_out, Rows<const T> query, Rows<const T> key,
+                      Rows<const T> value, Rows<const T> out,
+                      const int* __restrict__ order, const int4* __restrict__ tiles,
+                      const int* __restrict__ index, const float* __restrict__ logsumexp,
+                      float* __restrict__ delta_out, Rows<T> grad_query, int num_tokens,
+                      int num_groups, int num_keys, int dim, float scale) {
   extern __shared__ __align__(128) char shared[];
   const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
   if (begin == end) return;
@@ -136,8 +132,9 @@ __global__ void __launch_bounds__(32 * kWarps,
 // its two stages of shared memory.
 constexpr int64_t kMinPart = 512;
 template <typename T, int D>
-constexpr int kStageQueries = D * sizeof(T) == 64 ? 64 : D * sizeof(T) == 128 ? 32
-                                                                              : 16;
+constexpr int kStageQueries = D * sizeof(T) == 64    ? 64
+                              : D * sizeof(T) == 128 ? 32
+                                                     : 16;
 // Tiles of 16 keys that a warp holds in registers, and warps of a block.
 template <typename T, int D>
 constexpr int kWarpTiles = D * sizeof(T) == 64 ? 2 : 1;
@@ -147,14 +144,12 @@ constexpr int kKeyWarps = 4;
 // whole group: parts (B,H,tiles,K,2,D), dK before dV.
 template <typename T, int D>
 __global__ void __launch_bounds__(32 * kKeyWarps)
-    grad_key_kernel(Rows<const T> grad_out, Rows<const T> query,
-                    Rows<const T> key, Rows<const T> value,
-                    const int* __restrict__ order,
+    grad_key_kernel(Rows<const T> grad_out, Rows<const T> query, Rows<const T> key,
+                    Rows<const T> value, const int* __restrict__ order,
                     const int4* __restrict__ tiles, const int* __restrict__ index,
-                    const float* __restrict__ logsumexp,
-                    const float* __restrict__ delta, T* __restrict__ parts,
-                    int num_tokens, int num_groups, int num_keys, int dim,
-                    float scale, int num_tiles) {
+                    const float* __restrict__ logsumexp, const float* __restrict__ delta,
+                    T* __restrict__ parts, int num_tokens, int num_groups, int num_keys,
+                    int dim, float scale, int num_tiles) {
   constexpr int kQueries = kStageQueries<T, D>;
   constexpr int kTiles = kWarpTiles<T, D>;
   constexpr int kStageBytes = kQueries * D * sizeof(T);
@@ -286,8 +281,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
     const int place = first_key + 8 * i + lane / 4;
     T* row = place < num_keys ? parts + place * 2 * dim : nullptr;
     store_row<T, D>(d_key[i / 2], i % 2, scale, row, dim);
-    store_row<T, D>(d_value[i / 2], i % 2, 1.f, row != nullptr ? row + dim : row,
-                    dim);
+    store_row<T, D>(d_value[i / 2], i % 2, 1.f, row != nullptr ? row + dim : row, dim);
   }
 }
 
@@ -300,9 +294,9 @@ constexpr int kMaxListed = 4096;  // parts; those of one token always fit
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(const T* __restrict__ parts, const int* __restrict__ offsets,
-                     const int* __restrict__ index, Rows<T> grad_key,
-                     Rows<T> grad_value, int num_tokens, int num_groups,
-                     int num_keys, int dim, int size, int num_tiles) {
+                     const int* __restrict__ index, Rows<T> grad_key, Rows<T> grad_value,
+                     int num_tokens, int num_groups, int num_keys, int dim, int size,
+                     int num_tiles) {
   __shared__ int begin[kWindow + 1];  // of a token's parts, counted over all
   __shared__ int next[kWindow];
   __shared__ int list[kMaxListed];  // tile * K + place
@@ -470,28 +464,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
       constexpr int kKeys = decltype(stage)::value;
       launch(grad_query_kernel<T, kWidth, kWarps, kKeys>,
              grid_of_heads(sorted.tiles.size(2), query), 32 * kWarps,
-             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T),
-             Rows<const T>(d_out), Rows<const T>(q), Rows<const T>(k),
-             Rows<const T>(v), Rows<const T>(o), order,
-             static_cast<const int4*>(sorted.tiles.const_data_ptr()),
+             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), Rows<const T>(d_out),
+             Rows<const T>(q), Rows<const T>(k), Rows<const T>(v), Rows<const T>(o),
+             order, static_cast<const int4*>(sorted.tiles.const_data_ptr()),
              index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),
-             delta.mutable_data_ptr<float>(), Rows<T>(grad_query), tokens, groups,
-             keys, dim, static_cast<float>(scale));
+             delta.mutable_data_ptr<float>(), Rows<T>(grad_query), tokens, groups, keys,
+             dim, static_cast<float>(scale));
     });
 
     const int64_t tiles = sorted.parts.size(2);
     const int64_t key_blocks = ceil_div(K, kKeyWarps * 16 * kWarpTiles<T, kWidth>);
-    const at::Tensor parts = at::empty(
-        {query.size(0), query.size(1), tiles, K, 2, D}, query.options());
+    const at::Tensor parts =
+        at::empty({query.size(0), query.size(1), tiles, K, 2, D}, query.options());
     launch(grad_key_kernel<T, kWidth>, grid_of_heads(tiles * key_blocks, query),
-           32 * kKeyWarps, 0, Rows<const T>(d_out), Rows<const T>(q),
-           Rows<const T>(k), Rows<const T>(v), order,
+           32 * kKeyWarps, 0, Rows<const T>(d_out), Rows<const T>(q), Rows<const T>(k),
+           Rows<const T>(v), order,
            static_cast<const int4*>(sorted.parts.const_data_ptr()),
            index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),
            delta.const_data_ptr<float>(), static_cast<T*>(parts.data_ptr()), tokens,
            groups, keys, dim, static_cast<float>(scale), static_cast<int>(tiles));
-    launch(sum_parts_kernel<T>, grid_of_heads(ceil_div(L, kWindow), query),
-           kSumThreads, 0, static_cast<const T*>(parts.data_ptr()),
+    launch(sum_parts_kernel<T>, grid_of_heads(ceil_div(L, kWindow), query), kSumThreads,
+           0, static_cast<const T*>(parts.data_ptr()),
            sorted.offsets.const_data_ptr<int>(), index.const_data_ptr<int>(),
            Rows<T>(grad_key), Rows<T>(grad_value), tokens, groups, keys, dim,
            static_cast<int>(size), static_cast<int>(tiles));
@@ -501,7 +494,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
 
 }  // namespace
 
-REGISTER_DEVICE_IMPL(group_attention_backward_impl, CUDA,
-                     group_attention_backward_cuda);
+REGISTER_DEVICE_IMPL(group_attention_backward_impl, CUDA, group_attention_backward_cuda);
 
 }  // namespace mmdgt

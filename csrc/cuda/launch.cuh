@@ -39,9 +39,9 @@ void dispatch_tokens(const at::Tensor& tokens, Run&& run) {
 
 // The grid of so many blocks for each head of (B,H,...) tensors.
 inline dim3 grid_of_heads(int64_t blocks, const at::Tensor& tokens) {
-  TORCH_CHECK(blocks <= INT32_MAX && tokens.size(0) <= 65535 &&
-                  tokens.size(1) <= 65535,
-              "shape ", tokens.sizes(), " needs more thread blocks than a launch "
+  TORCH_CHECK(blocks <= INT32_MAX && tokens.size(0) <= 65535 && tokens.size(1) <= 65535,
+              "shape ", tokens.sizes(),
+              " needs more thread blocks than a launch "
               "can have (B and H up to 65535); split the batch");
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tokens.size(1)),
               static_cast<unsigned>(tokens.size(0)));
@@ -50,17 +50,16 @@ inline dim3 grid_of_heads(int64_t blocks, const at::Tensor& tokens) {
 // Launches a kernel on the current stream. Blocks get more than 48 KB of shared
 // memory, what they declare themselves included, only after asking for it.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
-            size_t shared_bytes, Arguments&&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+            Arguments&&... arguments) {
   if (shared_bytes > 32 << 10) {
     const size_t most = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
     TORCH_CHECK(shared_bytes + 4096 <= most, "these sizes need ", shared_bytes,
                 " bytes of shared memory, this GPU has ", most,
                 "; use fewer groups, a smaller head dim or the reference back end");
-    C10_CUDA_CHECK(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel),
-        cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(shared_bytes)));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
       std::forward<Arguments>(arguments)...);
@@ -82,8 +81,7 @@ inline int64_t resident_blocks(int64_t pieces, int64_t per_processor,
 // Tokens of one head that a block serves, `step` at a time: as many as leave every
 // multiprocessor a few blocks, and all blocks of a head about equally many.
 inline int64_t tokens_per_block(int64_t num_tokens, int64_t heads, int64_t step) {
-  const int64_t blocks =
-      4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const int64_t blocks = 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   const int64_t steps =
       std::clamp<int64_t>(ceil_div(heads * num_tokens, step * blocks), 1, 16);
   return ceil_div(ceil_div(num_tokens, ceil_div(num_tokens, step * steps)), 32) * 32;

@@ -11,12 +11,11 @@ constexpr int kDim = 32;
 constexpr int kMaxTokens = 256;
 constexpr int kMaxWarps = 7;  // two tiles of 16 rows each at the 196 tokens of ImageNet
 
-
 // Copies the rows of one head to shared memory; rows up to `padded` become zero.
 template <typename T>
 __device__ __forceinline__ void copy_head(const SharedRows<T, kDim>& shared,
-                                          const T* head, int token_stride,
-                                          int num_tokens, int padded, int dim) {
+                                          const T* head, int token_stride, int num_tokens,
+                                          int padded, int dim) {
   constexpr int kChunks = SharedRows<T, kDim>::kChunks;
   constexpr int kElements = SharedRows<T, kDim>::kChunkElements;
   for (int i = threadIdx.x; i < padded * kChunks; i += blockDim.x) {
@@ -30,9 +29,8 @@ __device__ __forceinline__ void copy_head(const SharedRows<T, kDim>& shared,
 // that do not exist. `of_group` is scratch of as many words for the groups.
 __device__ __forceinline__ void fill_masks(uint32_t* of_group, uint32_t* seen,
                                            const int* __restrict__ group,
-                                           const int* __restrict__ index,
-                                           int num_tokens, int padded,
-                                           int num_groups, int num_keys) {
+                                           const int* __restrict__ index, int num_tokens,
+                                           int padded, int num_groups, int num_keys) {
   const int words = (num_tokens + 31) / 32;
   for (int i = threadIdx.x; i < num_groups * words; i += blockDim.x) of_group[i] = 0;
   __syncthreads();
@@ -151,10 +149,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
 // group_attention_backward.cu for the equations).
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, 3)
-    masked_backward_kernel(Rows<const T> grad_out, Rows<const T> query,
-                           Rows<const T> key, Rows<const T> value,
-                           Rows<const T> out, const int* __restrict__ group,
-                           const int* __restrict__ index,
+    masked_backward_kernel(Rows<const T> grad_out, Rows<const T> query, Rows<const T> key,
+                           Rows<const T> value, Rows<const T> out,
+                           const int* __restrict__ group, const int* __restrict__ index,
                            const float* __restrict__ logsumexp, Rows<T> grad_query,
                            Rows<T> grad_key, Rows<T> grad_value, int num_tokens,
                            int num_groups, int num_keys, int dim, float scale) {
@@ -170,8 +167,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
   copy_head(keys, key.head(), key.token_stride, num_tokens, padded, dim);
   copy_head(values, value.head(), value.token_stride, num_tokens, padded, dim);
   copy_head(queries, query.head(), query.token_stride, num_tokens, padded, dim);
-  copy_head(grads, grad_out.head(), grad_out.token_stride, num_tokens, padded,
-            dim);
+  copy_head(grads, grad_out.head(), grad_out.token_stride, num_tokens, padded, dim);
   commit_copies();
   fill_masks(seen + padded * words, seen, group + bh * num_tokens,
              index + bh * num_groups * num_keys, num_tokens, padded, num_groups,
@@ -276,8 +272,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
             float& probability = p[n][2 * half + odd];
             float& gradient = ds[n][2 * half + odd];
             const bool sees = bits >> (8 * half) & 1;
-            probability =
-                sees ? exp2_approx(probability * scale_log2 - own.x) : 0.f;
+            probability = sees ? exp2_approx(probability * scale_log2 - own.x) : 0.f;
             gradient = sees ? probability * (gradient - own.y) : 0.f;
           }
         }
@@ -343,13 +338,12 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
   const Shape shape(L, G, 2);
   dispatch_half(query, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(masked_kernel<T>, grid_of_heads(1, query), 32 * shape.warps,
-           shape.bytes, Rows<const T>(query), Rows<const T>(key),
-           Rows<const T>(value), group.const_data_ptr<int>(),
-           index.const_data_ptr<int>(), Rows<T>(out),
-           logsumexp.mutable_data_ptr<float>(), static_cast<int>(L),
-           static_cast<int>(G), static_cast<int>(K),
-           static_cast<int>(query.size(3)), static_cast<float>(scale));
+    launch(masked_kernel<T>, grid_of_heads(1, query), 32 * shape.warps, shape.bytes,
+           Rows<const T>(query), Rows<const T>(key), Rows<const T>(value),
+           group.const_data_ptr<int>(), index.const_data_ptr<int>(), Rows<T>(out),
+           logsumexp.mutable_data_ptr<float>(), static_cast<int>(L), static_cast<int>(G),
+           static_cast<int>(K), static_cast<int>(query.size(3)),
+           static_cast<float>(scale));
   });
 }
 
@@ -357,16 +351,15 @@ void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& que
                                const at::Tensor& key, const at::Tensor& value,
                                const at::Tensor& group, const at::Tensor& index,
                                const at::Tensor& out, const at::Tensor& logsumexp,
-                               double scale, at::Tensor& grad_query,
-                               at::Tensor& grad_key, at::Tensor& grad_value) {
+                               double scale, at::Tensor& grad_query, at::Tensor& grad_key,
+                               at::Tensor& grad_value) {
   const int64_t L = query.size(2), G = index.size(2), K = index.size(3);
   const Shape shape(L, G, 4);
   dispatch_half(query, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(masked_backward_kernel<T>, grid_of_heads(1, query), 32 * shape.warps,
-           shape.bytes, Rows<const T>(grad_out),
-           Rows<const T>(query), Rows<const T>(key), Rows<const T>(value),
-           Rows<const T>(out), group.const_data_ptr<int>(),
+           shape.bytes, Rows<const T>(grad_out), Rows<const T>(query), Rows<const T>(key),
+           Rows<const T>(value), Rows<const T>(out), group.const_data_ptr<int>(),
            index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),
            Rows<T>(grad_query), Rows<T>(grad_key), Rows<T>(grad_value),
            static_cast<int>(L), static_cast<int>(G), static_cast<int>(K),

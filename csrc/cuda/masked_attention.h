@@ -19,7 +19,7 @@ void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& que
                                const at::Tensor& key, const at::Tensor& value,
                                const at::Tensor& group, const at::Tensor& index,
                                const at::Tensor& out, const at::Tensor& logsumexp,
-                               double scale, at::Tensor& grad_query,
-                               at::Tensor& grad_key, at::Tensor& grad_value);
+                               double scale, at::Tensor& grad_query, at::Tensor& grad_key,
+                               at::Tensor& grad_value);
 
 }  // namespace mmdgt

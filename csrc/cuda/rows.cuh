@@ -40,10 +40,9 @@ struct Rows {
 // Views of one projection do; whatever does not is copied.
 inline at::Tensor aligned_rows(const at::Tensor& tokens) {
   const int64_t step = 16 / tokens.element_size();
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(tokens.data_ptr()) % 16 == 0 &&
-      tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
-      tokens.stride(2) % step == 0 && tokens.stride(2) < 1 << 29;
+  const bool aligned = reinterpret_cast<uintptr_t>(tokens.data_ptr()) % 16 == 0 &&
+                       tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
+                       tokens.stride(2) % step == 0 && tokens.stride(2) < 1 << 29;
   return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -101,8 +100,7 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
                                                   const RowFragment<T, D>& high,
                                                   int step) {
   const int block = step / 2, i = 2 * (step % 2);
-  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1],
-           high.x[block][i + 1]}};
+  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
 }
 
 // Starts to copy 16 bytes, or zeros, to an address within shared memory.
@@ -134,8 +132,8 @@ struct SharedRows {
   // Starts to copy 16 bytes of a row of device memory, or zeros.
   __device__ __forceinline__ void copy_async(int row, int chunk, const T* source,
                                              bool valid) const {
-    copy_chunk_async(address(row, chunk),
-                     source + (valid ? chunk * kChunkElements : 0), valid);
+    copy_chunk_async(address(row, chunk), source + (valid ? chunk * kChunkElements : 0),
+                     valid);
   }
 
   __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
@@ -163,11 +161,10 @@ struct SharedRows {
                                                FragmentB<T> (&b)[2]) const {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
-      asm volatile(
-          "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-          : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-          : "r"(address(row + lane % 16, 2 * pair + lane / 16))
-          : "memory");
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                   : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                   : "r"(address(row + lane % 16, 2 * pair + lane / 16))
+                   : "memory");
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -175,8 +172,7 @@ struct SharedRows {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int first = row + 8 * half + 2 * (lane % 4);
-          b[i].x[half] = make_float2(element(first, column),
-                                     element(first + 1, column));
+          b[i].x[half] = make_float2(element(first, column), element(first + 1, column));
         }
       }
     }
@@ -246,8 +242,7 @@ struct RowGather {
           kStep % 8 == 0
               ? Shared(shared).address(first, chunk) + i * kStep * Shared::kRowBytes
               : Shared(shared).address(first + i * kStep, chunk);
-      copy_chunk_async(target,
-                       source + static_cast<uint64_t>(at) * stride,
+      copy_chunk_async(target, source + static_cast<uint64_t>(at) * stride,
                        inside && token[i] >= 0);
     }
   }
@@ -260,12 +255,18 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-    if (odd) x[i] = other; else x[i + 1] = other;
+    if (odd)
+      x[i] = other;
+    else
+      x[i + 1] = other;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
-    if (upper) x[i] = other; else x[i + 2] = other;
+    if (upper)
+      x[i] = other;
+    else
+      x[i + 2] = other;
   }
 }
 

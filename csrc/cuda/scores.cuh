@@ -29,21 +29,18 @@ struct CentroidOperands {
 
   static constexpr size_t kTileBytes = kPerTile * sizeof(FragmentA<T>);
 
-  static size_t bytes(int64_t num_groups) {
-    return (num_groups + 15) / 16 * kTileBytes;
-  }
+  static size_t bytes(int64_t num_groups) { return (num_groups + 15) / 16 * kTileBytes; }
 
   __device__ __forceinline__ const FragmentA<T>& operand(int tile, int step,
                                                          int term) const {
-    return memory[(tile * kSteps + step) * kTerms<T> * 32 + term * 32 +
-                  threadIdx.x % 32];
+    return memory[(tile * kSteps + step) * kTerms<T> * 32 + term * 32 + threadIdx.x % 32];
   }
 
   // Fills the operands with groups [first, first + 16 * tiles) of centroids (G,D)
   // of one head, by all threads of the block. Groups that do not exist are NaN:
   // no comparison lets them win. Lowers *nan_group to the first one that does.
-  __device__ void fill(const float* centroids, int first, int tiles,
-                       int num_groups, int dim, int* nan_group = nullptr) const {
+  __device__ void fill(const float* centroids, int first, int tiles, int num_groups,
+                       int dim, int* nan_group = nullptr) const {
     const int lanes = tiles * kSteps * 32;
     for (int i = threadIdx.x; i < lanes; i += blockDim.x) {
       const int lane = i % 32, step = i / 32 % kSteps, tile = i / 32 / kSteps;
@@ -84,9 +81,10 @@ struct CentroidOperands {
 // score[n][0..1] of group lane / 4 and score[n][2..3] of group lane / 4 + 8, for
 // the tokens 8 * n + 2 * (lane % 4) + {0, 1}.
 template <typename T, int D, int N>
-__device__ __forceinline__ void score_tokens(
-    const CentroidOperands<T, D>& centroids, int tile,
-    const RowFragment<T, D> (&tokens)[N], float (&score)[N][4]) {
+__device__ __forceinline__ void score_tokens(const CentroidOperands<T, D>& centroids,
+                                             int tile,
+                                             const RowFragment<T, D> (&tokens)[N],
+                                             float (&score)[N][4]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -106,9 +104,9 @@ __device__ __forceinline__ void score_tokens(
 // Loads the operand rows of 8 * N tokens of one head, the i-th of which is
 // token_at(i); negative ones are zero.
 template <typename T, int D, int N, typename TokenAt>
-__device__ __forceinline__ void load_tokens(RowFragment<T, D> (&tokens)[N],
-                                            const T* head, int token_stride,
-                                            int dim, TokenAt&& token_at) {
+__device__ __forceinline__ void load_tokens(RowFragment<T, D> (&tokens)[N], const T* head,
+                                            int token_stride, int dim,
+                                            TokenAt&& token_at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int token = token_at(8 * n + threadIdx.x % 32 / 4);

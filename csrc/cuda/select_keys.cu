@@ -37,13 +37,12 @@ __device__ __forceinline__ int sampled_token(uint32_t i, uint32_t num_tokens) {
 // groups into scores[kRows][kColumns + 8], padded against bank conflicts. By all
 // threads of the block, which has to wait before it reads them.
 template <typename T, int D, int kRows, int kColumns, typename TokenAt>
-__device__ __forceinline__ void score_rows(
-    const CentroidOperands<T, D>& operands, const T* head, int token_stride,
-    int dim, float* scores, TokenAt&& token_at) {
+__device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operands,
+                                           const T* head, int token_stride, int dim,
+                                           float* scores, TokenAt&& token_at) {
   constexpr int N = kTokenTiles<T, D>;
   const int lane = threadIdx.x % 32;
-  for (int from = threadIdx.x / 32 * 8 * N; from < kColumns;
-       from += blockDim.x / 4 * N) {
+  for (int from = threadIdx.x / 32 * 8 * N; from < kColumns; from += blockDim.x / 4 * N) {
     RowFragment<T, D> tokens[N];
     load_tokens(tokens, head, token_stride, dim,
                 [&](int i) { return token_at(from + i); });
@@ -97,8 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   // Threads of a row: the fewer, the more rows share the cost of a step.
   constexpr int kGroup = kSamples <= 512 ? 16 : kSamples == 1024 ? 32 : kThreads;
   constexpr int kPerThread = kSamples / kGroup;
-  TeamReducer<kGroup> reduce(
-      reinterpret_cast<uint32_t(*)[(kGroup + 31) / 32]>(scratch));
+  TeamReducer<kGroup> reduce(reinterpret_cast<uint32_t (*)[(kGroup + 31) / 32]>(scratch));
   const int own = threadIdx.x % kGroup;
   for (int r = threadIdx.x / kGroup; r < rows; r += kThreads / kGroup) {
     uint32_t bits[kPerThread];
@@ -132,9 +130,8 @@ __global__ void __launch_bounds__(kTeam * 16)
   const int first = blockIdx.x * kRows;
   operands.fill(centroids + blockIdx.y * num_groups * dim, first, 1, num_groups, dim);
   __syncthreads();
-  score_rows<T, D, kRows, kTokens>(
-      operands, key.head(), key.token_stride, dim, scores,
-      [&](int i) { return i < num_tokens ? i : -1; });
+  score_rows<T, D, kRows, kTokens>(operands, key.head(), key.token_stride, dim, scores,
+                                   [&](int i) { return i < num_tokens ? i : -1; });
   __syncthreads();
 
   TeamReducer<kTeam> reduce(nullptr);
@@ -150,8 +147,8 @@ __global__ void __launch_bounds__(kTeam * 16)
   }
   const Threshold found = find_threshold<kTeam>(
       bits, (num_tokens + kTeam - 1) / kTeam,
-      [&](int i) { return static_cast<uint32_t>(kTeam * i + lane); }, num_keys,
-      num_keys, static_cast<uint32_t>(num_tokens), reduce);
+      [&](int i) { return static_cast<uint32_t>(kTeam * i + lane); }, num_keys, num_keys,
+      static_cast<uint32_t>(num_tokens), reduce);
   __syncwarp();
   int* own = index + (own_head() * num_groups + first + row) * num_keys;
 #pragma unroll
@@ -166,8 +163,7 @@ __global__ void __launch_bounds__(kTeam * 16)
 
 // A predicated store; as a branch it would cost several times as much.
 __device__ __forceinline__ void store_candidate(Candidate* candidates, uint32_t place,
-                                                float score, uint32_t token,
-                                                bool valid) {
+                                                float score, uint32_t token, bool valid) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n"
       "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(valid)),
@@ -181,10 +177,9 @@ __device__ __forceinline__ void store_candidate(Candidate* candidates, uint32_t 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
     collect_kernel(Rows<const T> key, const float* __restrict__ centroids,
-                   const Threshold* __restrict__ threshold,
-                   int* __restrict__ count, Candidate* __restrict__ candidates,
-                   int num_tokens, int num_groups, int dim, int capacity,
-                   int chunk) {
+                   const Threshold* __restrict__ threshold, int* __restrict__ count,
+                   Candidate* __restrict__ candidates, int num_tokens, int num_groups,
+                   int dim, int capacity, int chunk) {
   constexpr int N = kTokenTiles<T, D>;
   extern __shared__ __align__(16) char shared[];
   __shared__ Threshold limits[256];  // of all groups
@@ -362,10 +357,9 @@ __device__ void bitonic_sort(uint64_t* list, int list_size) {
 template <typename T, int kGroup, int kPerThread>
 __global__ void __launch_bounds__(kGroup)
     choose_kernel(Rows<const T> key, const float* __restrict__ centroids,
-                  const int* __restrict__ count,
-                  const Candidate* __restrict__ candidates,
-                  int* __restrict__ index, int num_tokens, int num_groups,
-                  int num_keys, int dim, int list_size, bool sorted) {
+                  const int* __restrict__ count, const Candidate* __restrict__ candidates,
+                  int* __restrict__ index, int num_tokens, int num_groups, int num_keys,
+                  int dim, int list_size, bool sorted) {
   constexpr int kCapacity = kGroup * kPerThread;
   extern __shared__ __align__(16) char shared[];
   __shared__ uint32_t scratch[2][kGroup / 32];
@@ -479,14 +473,12 @@ struct Plan {
 Plan make_plan(int64_t num_tokens, int64_t num_keys) {
   for (const int capacity : {512, 4096, 8192}) {
     if (num_tokens <= std::min(capacity, 1024)) return {0, 0, 0, capacity};
-    for (int samples = 512; samples <= 8192 && samples * 2 <= num_tokens;
-         samples *= 2) {
+    for (int samples = 512; samples <= 8192 && samples * 2 <= num_tokens; samples *= 2) {
       const double ratio = static_cast<double>(num_tokens) / samples;
       const double mean = num_keys / ratio, unseen = 1. - 1. / ratio;
       const int fewest = static_cast<int>(mean + 5. * std::sqrt(mean * unseen) + 4.);
       const int most = fewest + fewest / 5 + 1;
-      if (most < samples &&
-          ratio * (most + 5. * std::sqrt(most * unseen)) <= capacity) {
+      if (most < samples && ratio * (most + 5. * std::sqrt(most * unseen)) <= capacity) {
         return {samples, fewest, most, capacity};
       }
     }
@@ -498,15 +490,12 @@ Plan make_plan(int64_t num_tokens, int64_t num_keys) {
 // For many keys of many: sort all scores, one image at a time.
 at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
                              int64_t num_keys) {
-  at::Tensor index = at::empty(
-      {key.size(0), key.size(1), centroids.size(1), num_keys},
-      key.options().dtype(at::kInt));
+  at::Tensor index = at::empty({key.size(0), key.size(1), centroids.size(1), num_keys},
+                               key.options().dtype(at::kInt));
   for (int64_t b = 0; b < key.size(0); ++b) {
     // Adding zero makes -0 equal to +0.
-    const at::Tensor scores =
-        at::matmul(centroids, key[b].to(at::kFloat).mT()).add_(0.f);
-    index[b].copy_(std::get<1>(at::sort(scores, true, -1, true))
-                       .narrow(-1, 0, num_keys));
+    const at::Tensor scores = at::matmul(centroids, key[b].to(at::kFloat).mT()).add_(0.f);
+    index[b].copy_(std::get<1>(at::sort(scores, true, -1, true)).narrow(-1, 0, num_keys));
   }
   return index;
 }
@@ -533,12 +522,12 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       const auto select = [&](auto most, auto team) {
         constexpr int kTokens = decltype(most)::value;
         constexpr int kTeam = decltype(team)::value;
-        launch(select_few_kernel<T, kWidth, kTokens, kTeam>,
-               grid_of_heads(ceil_div(G, 16), key), 16 * kTeam,
-               CentroidOperands<T, kWidth>::kTileBytes +
-                   16 * (kTokens + 8) * sizeof(float),
-               Rows<const T>(rows), centroid, index.mutable_data_ptr<int>(), tokens,
-               groups, keys, dim);
+        launch(
+            select_few_kernel<T, kWidth, kTokens, kTeam>,
+            grid_of_heads(ceil_div(G, 16), key), 16 * kTeam,
+            CentroidOperands<T, kWidth>::kTileBytes + 16 * (kTokens + 8) * sizeof(float),
+            Rows<const T>(rows), centroid, index.mutable_data_ptr<int>(), tokens, groups,
+            keys, dim);
       };
       if (L <= 256) {
         return select(std::integral_constant<int, 256>(),
@@ -564,9 +553,9 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       constexpr int kRows = decltype(served)::value;
       launch(sample_kernel<T, kWidth, kSamples, kRows>,
              grid_of_heads(ceil_div(G, kRows), key), kThreads,
-             Operands::kTileBytes + kRows * (kSamples + 8) * sizeof(float), k,
-             centroid, threshold, count.mutable_data_ptr<int>(), tokens, groups, dim,
-             plan.samples, plan.fewest, plan.most);
+             Operands::kTileBytes + kRows * (kSamples + 8) * sizeof(float), k, centroid,
+             threshold, count.mutable_data_ptr<int>(), tokens, groups, dim, plan.samples,
+             plan.fewest, plan.most);
     };
     if (plan.samples <= 512) {
       sample(std::integral_constant<int, 512>(), std::integral_constant<int, 16>());
@@ -580,12 +569,10 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       sample(std::integral_constant<int, 8192>(), std::integral_constant<int, 2>());
     }
 
-    const int64_t chunk =
-        tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
-    launch(collect_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), key),
-           kThreads, Operands::bytes(G), k, centroid, threshold,
-           count.mutable_data_ptr<int>(), candidate, tokens, groups, dim,
-           plan.capacity, static_cast<int>(chunk));
+    const int64_t chunk = tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
+    launch(collect_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), key), kThreads,
+           Operands::bytes(G), k, centroid, threshold, count.mutable_data_ptr<int>(),
+           candidate, tokens, groups, dim, plan.capacity, static_cast<int>(chunk));
 
     int list_size = 0;
     if (sorted || L > kMaxMappedTokens) {

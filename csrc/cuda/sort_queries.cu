@@ -15,8 +15,8 @@ constexpr int kBatch = 4;  // tokens that a thread loads at once
 
 // sizes (B,H,chunks,G): the queries of every group in a chunk of tokens.
 __global__ void __launch_bounds__(kThreads)
-    count_kernel(const int* __restrict__ group, int* __restrict__ sizes,
-                 int num_tokens, int num_groups, int chunk) {
+    count_kernel(const int* __restrict__ group, int* __restrict__ sizes, int num_tokens,
+                 int num_groups, int chunk) {
   __shared__ int size[kThreads];
   const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
   group += own_head() * num_tokens;
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
-                           int64_t tile_size, int64_t part_size) {
+SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
+                           int64_t part_size) {
   const int64_t B = group.size(0), H = group.size(1), L = group.size(2);
   const auto make_tiles = [&](int64_t size) {
     const int64_t count = size > 0 ? max_tiles(L, num_groups, size) : 0;
@@ -182,14 +182,13 @@ SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
   const at::Tensor sizes = at::empty({B, H, chunks, num_groups}, group.options());
   const dim3 grid = grid_of_heads(chunks, group);
   launch(count_kernel, grid, kThreads, 0, group.const_data_ptr<int>(),
-         sizes.mutable_data_ptr<int>(), static_cast<int>(L),
-         static_cast<int>(num_groups), static_cast<int>(chunk));
+         sizes.mutable_data_ptr<int>(), static_cast<int>(L), static_cast<int>(num_groups),
+         static_cast<int>(chunk));
   launch(place_kernel, grid, kThreads, kWarps * num_groups * sizeof(int),
          group.const_data_ptr<int>(), sizes.const_data_ptr<int>(),
-         sorted.order.mutable_data_ptr<int>(),
-         sorted.offsets.mutable_data_ptr<int>(), table(sorted.tiles, tile_size),
-         table(sorted.parts, part_size), static_cast<int>(L),
-         static_cast<int>(num_groups), static_cast<int>(chunk));
+         sorted.order.mutable_data_ptr<int>(), sorted.offsets.mutable_data_ptr<int>(),
+         table(sorted.tiles, tile_size), table(sorted.parts, part_size),
+         static_cast<int>(L), static_cast<int>(num_groups), static_cast<int>(chunk));
   return sorted;
 }
 

@@ -19,7 +19,7 @@ inline int64_t max_tiles(int64_t num_tokens, int64_t num_groups, int64_t size) {
 }
 
 // group (B,H,L) int32. Tiles of tile_size queries, parts of part_size (0 for none).
-SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
-                           int64_t tile_size, int64_t part_size = 0);
+SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
+                           int64_t part_size = 0);
 
 }  // namespace mmdgt

@@ -91,10 +91,9 @@ struct TeamReducer {
 // which there are at least `fewest`. Thread-private candidates: bits[i], 0 for
 // none and for i >= used, and token_at(i). Called by all threads of the team.
 template <int kThreads, int kPerThread, typename TokenAt>
-__device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread],
-                                    int used, TokenAt&& token_at, int fewest,
-                                    int most, uint32_t num_tokens,
-                                    TeamReducer<kThreads>& reduce) {
+__device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread], int used,
+                                    TokenAt&& token_at, int fewest, int most,
+                                    uint32_t num_tokens, TeamReducer<kThreads>& reduce) {
   constexpr int kValueSteps = 15;
   uint32_t low = 0xffffffffu, high = 0;
   int own = 0;
