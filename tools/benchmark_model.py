@@ -86,6 +86,12 @@ def mmpretrain(kind: str, size: tuple[int, int], **settings) -> nn.Module:
     return models.build(dict(type=f'mmpretrain.{kind}', **common, **settings))
 
 
+def swin(arch: str, size: tuple[int, int]) -> nn.Module:
+    """A Swin of mmpretrain, which pads what is smaller than a window only if told."""
+    pad = min(size) < 224
+    return mmpretrain('SwinTransformer', size, arch=arch, pad_small_map=pad)
+
+
 def timm_swin(name: str, size: tuple[int, int]) -> nn.Module:
     """A Swin of timm."""
     try:
@@ -112,12 +118,7 @@ BACKBONES = {
     ),
 }
 for _arch, _dims in (('tiny', 96), ('small', 96), ('base', 128)):
-    BACKBONES[f'swin_{_arch[0]}'] = (
-        functools.partial(
-            mmpretrain, 'SwinTransformer', arch=_arch, pad_small_map=True
-        ),
-        _dims,
-    )
+    BACKBONES[f'swin_{_arch[0]}'] = functools.partial(swin, _arch), _dims
     BACKBONES[f'timm_swin_{_arch[0]}'] = functools.partial(timm_swin, _arch), _dims
 
 
