@@ -53,6 +53,8 @@ def trained(demo_data, run_tool, tmp_path_factory):
     def run(tool, *args):
         environment = dict(
             CUDA_VISIBLE_DEVICES='',
+            # As torchrun sets it; with another number sums round otherwise.
+            OMP_NUM_THREADS='1',
             PORT=str(free_port()),
             PYTHONPATH=os.pathsep.join(sys.path),  # to this file too
         )
