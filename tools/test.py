@@ -10,7 +10,7 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
 from mmdgt.engine.config import check_data, load_config, make_parser
-from mmdgt.engine.runner import build_runner
+from mmdgt.engine.runner import build_runner, leave_processes
 
 
 def enable_tta(cfg: Config) -> None:
@@ -74,6 +74,7 @@ def main() -> None:
     name = 'metrics_tta.json' if args.tta else 'metrics.json'
     if is_main_process():
         mmengine.dump(metrics, str(Path(cfg.work_dir, name)), indent=2)
+    leave_processes()
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 from mmengine.device import get_device
 
 from mmdgt.engine.config import check_data, load_config, make_parser
-from mmdgt.engine.runner import build_runner
+from mmdgt.engine.runner import build_runner, leave_processes
 
 
 def main() -> None:
@@ -44,6 +44,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
     build_runner(cfg).train()
+    leave_processes()
 
 
 if __name__ == '__main__':

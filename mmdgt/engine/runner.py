@@ -1,8 +1,13 @@
 """The Runner of the command-line tools, with and without GPUs."""
 
+import logging
+import os
+import sys
+
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import barrier, get_backend, is_distributed
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import nn
@@ -17,6 +22,24 @@ def build_runner(cfg: Config) -> Runner:
     """
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
     return (CPURunner if on_cpu else Runner).from_cfg(cfg)
+
+
+def leave_processes() -> None:
+    """Part from the other processes, if there are any; the last thing a tool does.
+
+    Processes joined by gloo end here and skip the end of the interpreter, at which
+    threads of theirs have been seen to abort them, with all the work done.
+    """
+    if not is_distributed():
+        return
+    by_gloo = get_backend() == 'gloo'
+    barrier()
+    torch.distributed.destroy_process_group()
+    if by_gloo:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class CPURunner(Runner):
