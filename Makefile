@@ -22,27 +22,34 @@ export GOMP_SPINCOUNT := 20000
 
 .PHONY: train train-classification train-detection test lint gpu-check sanitize clean
 
+train: report-upernet_dgt_t_demo
+
+train-classification: report-dgt_t_demo
+
+train-detection: report-mask_rcnn_dgt_t_demo
+
 # Training, evaluation with and without augmentation, summary of a demo. Arguments:
-# target, config, its last checkpoint, what has to be there first.
+# config, its last checkpoint, what has to be there first.
 # --resume goes on where an interrupted run stopped.
 define demo
-$(1): work_dirs/$(2)/metrics.json work_dirs/$(2)/metrics_tta.json
-	@$(RUN) -W ignore tools/demo_report.py configs/$(2).py work_dirs/$(2)/$(3)
+.PHONY: report-$(1)
+report-$(1): work_dirs/$(1)/metrics.json work_dirs/$(1)/metrics_tta.json
+	@$(RUN) -W ignore tools/demo_report.py configs/$(1).py work_dirs/$(1)/$(2)
 
-work_dirs/$(2)/metrics.json: work_dirs/$(2)/$(3)
-	$(RUN) -W ignore tools/test.py configs/$(2).py $$<
+work_dirs/$(1)/metrics.json: work_dirs/$(1)/$(2)
+	$(RUN) -W ignore tools/test.py configs/$(1).py $$<
 
-work_dirs/$(2)/metrics_tta.json: work_dirs/$(2)/$(3)
-	$(RUN) -W ignore tools/test.py configs/$(2).py $$< --tta
+work_dirs/$(1)/metrics_tta.json: work_dirs/$(1)/$(2)
+	$(RUN) -W ignore tools/test.py configs/$(1).py $$< --tta
 
-work_dirs/$(2)/$(3): configs/$(2).py | $(4)
+work_dirs/$(1)/$(2): configs/$(1).py | $(3)
 	$(RUN) -W ignore tools/train.py $$< --resume
 endef
-$(eval $(call demo,train,upernet_dgt_t_demo,iter_650.pth,$(VENV)/mmdgt $(DATA)))
-$(eval $(call demo,train-classification,dgt_t_demo,epoch_2.pth,$(VENV)/others $(DATA)))
+$(eval $(call demo,upernet_dgt_t_demo,iter_650.pth,$(VENV)/mmdgt $(DATA)))
+$(eval $(call demo,dgt_t_demo,epoch_2.pth,$(VENV)/others $(DATA)))
 # The detector starts from the classifier.
-$(eval $(call demo,train-detection,mask_rcnn_dgt_t_demo,epoch_3.pth,$(VENV)/others \
-  $(DATA) work_dirs/dgt_t_demo/epoch_2.pth))
+$(eval $(call demo,mask_rcnn_dgt_t_demo,epoch_3.pth,$(VENV)/others $(DATA) \
+  work_dirs/dgt_t_demo/epoch_2.pth))
 
 test: $(VENV)/others
 	$(RUN) -m pytest

@@ -14,8 +14,10 @@ H, W = 20, 30
 
 
 class Detector(torch.nn.Module):
+    """Finds in a batch of views what is given as the batch."""
+
     def test_step(self, data):
-        raise NotImplementedError
+        return data
 
 
 def boxes_to_masks(boxes):
@@ -48,7 +50,7 @@ def merge(*views, max_per_img=100):
     model = InstanceTTAModel(
         module=Detector(), tta_cfg=dict(nms=nms, max_per_img=max_per_img)
     )
-    (merged,) = model.merge_preds([views])
+    (merged,) = model.test_step([views])
     return merged
 
 
