@@ -109,7 +109,7 @@ def check_versions(installed: dict[str, list[str]]) -> Iterator[Finding]:
         version, series = version_of(name), TESTED.get(name)
         if version and series and version.split('.')[:2] != series.split('.'):
             yield Finding(
-                f'{name} {version} is none of the versions mmdgt is tested with,'
+                f'{name} {version} is none of the versions mmdgt is made for,'
                 f' {series}.*',
                 f'if something goes wrong, run: pip install "{name}=={series}.*"',
                 fails=False,
