@@ -105,9 +105,13 @@ class Browser:
 
     def wait(self, condition):
         """Wait until a condition of the driver holds; returns what it returns."""
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, 30).until(condition)
+        redrawn = (StaleElementReferenceException,)
+        return WebDriverWait(self.driver, 30, ignored_exceptions=redrawn).until(
+            condition
+        )
 
     def upload(self, file):
         """Load the page anew and choose a file."""
