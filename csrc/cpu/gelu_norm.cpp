@@ -140,15 +140,17 @@ void gelu_norm_in_place_cpu(at::Tensor& x, const OptionalTensor& residual,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_norm_backward_cpu(
-    at::Tensor& grad, const at::Tensor& x, const OptionalTensor& residual,
-    const at::Tensor& mean, const at::Tensor& inverse_std, const at::Tensor& weight) {
+    at::Tensor& grad, const OptionalTensor& more, const at::Tensor& x,
+    const OptionalTensor& residual, const at::Tensor& mean, const at::Tensor& inverse_std,
+    const at::Tensor& weight) {
   check_input(x, residual);
   check_rows(grad, "grad", x);
+  if (more) check_rows(*more, "more", x);
   check_channels(mean, "mean", x);
   check_channels(inverse_std, "inverse_std", x);
   check_channels(weight, "weight", x);
   const int64_t channels = x.size(1);
-  auto grad_x = at::empty_like(x);
+  auto grad_residual = residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight, grad_bias;
   MMDGT_DISPATCH(x, "gelu_norm_backward", [&] {
     using sum_t = accumulate_t<scalar_t>;
@@ -157,11 +159,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_norm_backward_cpu(
     sum_t* part = parts.mutable_data_ptr<sum_t>();
     const sum_t* center = mean.const_data_ptr<sum_t>();
     scalar_t* gradient = grad.mutable_data_ptr<scalar_t>();
-    scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
+    const scalar_t* summand = more ? more->const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* to = residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
     parallel_tasks(tasks.count(), [&](int64_t task, Scratch&) {
+      const int64_t first = tasks.first(task);
       sum_t* sums = part + task * 2 * channels;
-      kernels<scalar_t>().gelu_norm_sums(tasks[task], gradient + tasks.first(task),
-                                         center, sums, sums + channels);
+      kernels<scalar_t>().gelu_norm_sums(tasks[task], gradient + first,
+                                         summand ? summand + first : nullptr, center,
+                                         sums, sums + channels);
     });
     const auto sums = parts.sum(0, false, at::kDouble).to(mean.scalar_type());
     grad_bias = sums.select(0, 0).contiguous();
@@ -178,10 +183,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_norm_backward_cpu(
     parallel_tasks(tasks.count(), [&](int64_t task, Scratch&) {
       const int64_t first = tasks.first(task);
       kernels<scalar_t>().gelu_norm_backward(tasks[task], a, b, c, gradient + first,
-                                             to + first);
+                                             to ? to + first : nullptr);
     });
   });
-  return {grad_x, grad_weight, grad_bias};
+  return {grad_residual, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -95,10 +95,12 @@ void gelu_norm(const GeluRows<T>& rows, const accumulate_t<T>* scale,
   }
 }
 
-// The sums over the rows of the gradient, and of its product with s - mean.
+// Adds more, unless null, to the gradient. Then the sums over the rows of the
+// gradient, and of its product with s - mean.
 template <class V, class T>
-void gelu_norm_sums(const GeluRows<T>& rows, const T* grad, const accumulate_t<T>* mean,
-                    accumulate_t<T>* sum, accumulate_t<T>* product) {
+void gelu_norm_sums(const GeluRows<T>& rows, T* grad, const T* more,
+                    const accumulate_t<T>* mean, accumulate_t<T>* sum,
+                    accumulate_t<T>* product) {
   for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
     V::store(sum + c, V::zero());
     V::store(product + c, V::zero());
@@ -107,19 +109,24 @@ void gelu_norm_sums(const GeluRows<T>& rows, const T* grad, const accumulate_t<T
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
       const auto s = activation<V>(rows, first + c) - V::load(mean + c);
-      const auto g = V::load(grad + first + c);
+      auto g = V::load(grad + first + c);
+      if (more) {
+        g = g + V::load(more + first + c);
+        V::store(grad + first + c, g);
+      }
       V::store(sum + c, V::load(sum + c) + g);
       V::store(product + c, V::fmadd(g, s, V::load(product + c)));
     }
   }
 }
 
-// The gradient of s is scale * grad + slope * s + shift, channel by channel; it takes
-// grad's place, and the gradient of x follows from it.
+// The gradient of s is scale * grad + slope * s + shift, channel by channel. It is the
+// residual's too, to be stored unless null; that of x follows from it and takes grad's
+// place.
 template <class V, class T>
 void gelu_norm_backward(const GeluRows<T>& rows, const accumulate_t<T>* scale,
                         const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                        T* grad, T* grad_x) {
+                        T* grad, T* grad_residual) {
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
@@ -130,8 +137,8 @@ void gelu_norm_backward(const GeluRows<T>& rows, const accumulate_t<T>* scale,
       if (rows.residual) s = s + V::load(rows.residual + place);
       const auto rest = V::fmadd(s, V::load(slope + c), V::load(shift + c));
       const auto grad_s = V::fmadd(V::load(grad + place), V::load(scale + c), rest);
-      V::store(grad + place, grad_s);
-      V::store(grad_x + place, grad_s * V::fmadd(x, at.density, at.cdf));
+      if (grad_residual) V::store(grad_residual + place, grad_s);
+      V::store(grad + place, grad_s * V::fmadd(x, at.density, at.cdf));
     }
   }
 }

@@ -111,11 +111,12 @@ struct Kernels {
                           accumulate_t<T>* deviation, Scratch&);
   void (*gelu_norm)(const GeluRows<T>&, const accumulate_t<T>* scale,
                     const accumulate_t<T>* shift, T* out);
-  void (*gelu_norm_sums)(const GeluRows<T>&, const T* grad, const accumulate_t<T>* mean,
-                         accumulate_t<T>* sum, accumulate_t<T>* product);
+  void (*gelu_norm_sums)(const GeluRows<T>&, T* grad, const T* more,
+                         const accumulate_t<T>* mean, accumulate_t<T>* sum,
+                         accumulate_t<T>* product);
   void (*gelu_norm_backward)(const GeluRows<T>&, const accumulate_t<T>* scale,
                              const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                             T* grad, T* grad_x);
+                             T* grad, T* grad_residual);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

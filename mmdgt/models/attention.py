@@ -36,9 +36,12 @@ class GlobalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         B, L, C = x.shape
-        # Views of one projection; the operators read them where they are.
-        qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
+        # Views of one projection; the operators read them where they are. Of all ways
+        # to take them, this one makes a single copy of their gradients.
+        query, key, value = (
+            part.view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         scale = None
         if self.logit_scale is not None:
             factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()

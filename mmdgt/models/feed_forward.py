@@ -141,11 +141,11 @@ class _GeluNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         x, mean, inverse_std, weight = ctx.saved_tensors
-        grad = _rows(grad.clone(memory_format=torch.channels_last))
-        grad_x, grad_weight, grad_bias = ops.gelu_norm_backward(
-            grad, _rows(x), None, mean, inverse_std, weight
+        grad_x = grad.clone(memory_format=torch.channels_last)
+        _, *grads = ops.gelu_norm_backward(
+            _rows(grad_x), None, _rows(x), None, mean, inverse_std, weight
         )
-        return _shaped(grad_x, x), grad_weight, grad_bias, None
+        return grad_x, *grads, None
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -209,38 +209,44 @@ class _Mix(torch.autograd.Function):
         x, z, mixer, reducer, *numbers = ctx.saved_tensors
         *norm1, scale1, shift1 = numbers[:5]
         *norm2, scale2, shift2 = numbers[5:]
-        rows, z_rows, grad = _rows(x), _rows(z), _rows(grad)
-        y = ops.gelu_norm(rows, None, scale1, shift1)
-        reduced = ops.gelu_norm(z_rows, y, scale2, shift2)
-        grad_reducer = (grad.mT @ reduced).view_as(reducer)
+        y = ops.gelu_norm(_rows(x), None, scale1, shift1)
+        reduced = ops.gelu_norm(_rows(z), y, scale2, shift2)
+        grad_z, *grads_reducer = _convolution_backward(
+            grad, _shaped(reduced, x), reducer
+        )
         del reduced
-        grad_y = grad @ reducer.flatten(1)  # becomes the gradient of y
-        grad_z, *grads2 = ops.gelu_norm_backward(grad_y, z_rows, y, *norm2)
-        through, *grads_mixer = torch.ops.aten.convolution_backward(
-            _shaped(grad_z, z),
-            _shaped(y, x),
-            mixer,
-            [x.shape[1]],
-            stride=[1, 1],
-            padding=[1, 1],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=x.shape[1],
-            output_mask=[True, True, True],
+        # In its place the gradient of z; that of y has a second part.
+        grad_y, *grads2 = ops.gelu_norm_backward(
+            _rows(grad_z), None, _rows(z), y, *norm2
         )
-        grad_y += _rows(through)
-        grad_x, *grads1 = ops.gelu_norm_backward(grad_y, rows, None, *norm1)
-        return (
-            _shaped(grad_x, x),
-            *grads1,
-            None,
-            *grads_mixer,
-            *grads2,
-            None,
-            grad_reducer,
-            grad.sum(0),
-        )
+        more, *grads_mixer = _convolution_backward(grad_z, _shaped(y, x), mixer)
+        del grad_z, y
+        _, *grads1 = ops.gelu_norm_backward(grad_y, _rows(more), _rows(x), None, *norm1)
+        grad_x = _shaped(grad_y, x)
+        return grad_x, *grads1, None, *grads_mixer, *grads2, None, *grads_reducer
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias of a 1x1 or a depth-wise 3x3 convolution."""
+    groups = x.shape[1] // weight.shape[1]
+    padding = [side // 2 for side in weight.shape[2:]]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        bias_sizes=[weight.shape[0]],
+        stride=[1, 1],
+        padding=padding,
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=groups,
+        output_mask=[True, True, True],
+    )
+    grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_weight, grad_bias
 
 
 class IRFFN(nn.Module):

@@ -5,7 +5,9 @@ With ``s = GELU(x) + residual`` over rows of channels, (N, C) each:
 - ``gelu_statistics`` returns the mean and the biased variance of s, (C,) each.
 - ``gelu_norm`` returns ``scale * s + shift``, ``gelu_norm_`` puts it into x.
 - ``gelu_norm_backward`` takes the gradient of ``weight * (s - mean) * inverse_std +
-  bias``, puts that of s in its place and returns those of x, weight and bias.
+  bias``, or that and ``more`` to be added to it, puts the gradient of x in its place
+  and returns those of the residual, weight and bias. The first of them is empty if
+  there is no residual.
 
 Nothing but x and the residual has to be kept for it: s is cheaper to compute again
 than to read from memory. C must be a multiple of 16; numbers by channel are float32,
@@ -51,9 +53,14 @@ _define(
 )
 _define(
     'gelu_norm_backward',
-    '(Tensor(a!) grad, Tensor x, Tensor? residual, Tensor mean, Tensor inverse_std,'
-    ' Tensor weight) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)',
-    lambda grad, x, *_: (torch.empty_like(x), _by_channel(x), _by_channel(x)),
+    '(Tensor(a!) grad, Tensor? more, Tensor x, Tensor? residual, Tensor mean,'
+    ' Tensor inverse_std, Tensor weight)'
+    ' -> (Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)',
+    lambda grad, more, x, residual, *_: (
+        x.new_empty(0) if residual is None else torch.empty_like(x),
+        _by_channel(x),
+        _by_channel(x),
+    ),
 )
 
 
