@@ -243,8 +243,8 @@ NOTES = """
 - Twins-L in Mask R-CNN: 111 is the count of its RetinaNet. Table 8 of the Twins paper
   has 110.9 for RetinaNet and 119.7 for Mask R-CNN, and 101.9 for X101-64.
 - MaxViT and GC-ViT are timm's, whose windows grow with the image: their sides are 1/32
-  of the image's in pixels (1/16 in GC-ViT's third stage), so attention takes far more.
-  GC-ViT's published figure is for fixed windows of 7 and 14.
+  of the image's in pixels (1/16 in GC-ViT's third stage). In the code of GC-ViT's
+  authors for detection, whose figure is the published one, all windows are 24x24.
 - Left out: VOLO, TNT and ConViT, whose features in timm 1.0.31 have one stride alone
   (16), no pyramid of four; CrossFormer, ViL, CSWin and CMT, which none of mmpretrain,
   mmdet, mmsegmentation and timm implements.
