@@ -26,7 +26,7 @@ import mmpretrain.models  # noqa: F401  # registers its backbones
 import torch
 from benchmark_model import versions
 from measure import machine, save, seconds, summary
-from memory import peak_bytes
+from memory import in_fresh_process, peak_bytes
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -251,7 +251,7 @@ NOTES = """
 """
 TIMED = """\
 - Time: median of some forward passes of the whole model in evaluation mode, one image,
-  float32, random weights, on {device}; the backbones of a size took turns. Mask R-CNN
+  float32, random weights, on {device}; backbones of a size took turns. Mask R-CNN
   runs as it is counted, by mode='tensor': proposals get a box, the best 100 of them a
   mask, and nothing is pasted into the picture. Memory: weights and what a pass adds at
   its peak. `backbones.json` has the number of passes, quartiles and versions.
@@ -350,10 +350,10 @@ class Measurements:
         return row._replace(milliseconds=round(measured['ms']), mebibytes=memory)
 
 
-def prepare(table: Table, name: str, device: str) -> tuple[nn.Module, Callable]:
+def prepare(table: Table, backbone: dict, device: str) -> tuple[nn.Module, Callable]:
     """A model, and the function that runs it once."""
     torch.manual_seed(0)
-    model = build(table, BACKBONES[name]).to(device)
+    model = build(table, backbone).to(device)
     image = torch.randn(1, 3, *table.size, device=device)
     samples = [BaseDataElement(metainfo=dict(img_shape=table.size))]
 
@@ -364,14 +364,20 @@ def prepare(table: Table, name: str, device: str) -> tuple[nn.Module, Callable]:
     return model, forward
 
 
+def peak_of(table: Table, backbone: dict, device: str) -> int:
+    """The bytes that a model takes at its peak, in a process of its own."""
+    return peak_bytes(*prepare(table, backbone, device), device)
+
+
 def measure(
     table: Table, names: list[str], device: str, rounds: int, kept: Measurements
 ) -> None:
     """Time backbones of about one size in turns; all of them are in memory then."""
     calls, peaks = {}, {}
     for name in names:
-        model, calls[name] = prepare(table, name, device)
-        peaks[name] = peak_bytes(model, calls[name], device)
+        peaks[name] = in_fresh_process(peak_of, table, BACKBONES[name], device)
+        _, calls[name] = prepare(table, BACKBONES[name], device)
+        calls[name]()
         print(f'{table.title}  {name}  {peaks[name] / 2**20:.0f} MiB', flush=True)
     times = {name: [] for name in names}
     for _ in range(rounds):
@@ -506,8 +512,9 @@ def main() -> None:
                 for name in members
                 if name in wanted and kept.rounds(table.title, name) < args.rounds
             ]
-            measure(table, missing, args.device, args.rounds, kept)
-            write(args.out, counted, kept)
+            if missing:
+                measure(table, missing, args.device, args.rounds, kept)
+                write(args.out, counted, kept)
 
 
 def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> None:

@@ -2,7 +2,9 @@
 
 import ctypes
 import itertools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ def resident_bytes(what: str) -> int:
 def peak_bytes(
     model: nn.Module, call: Callable[[], Any], device: str, times: int = 1
 ) -> int:
-    """Weights, and what calls add to a process that does nothing else meanwhile.
+    """Weights, and what calls add to this process, which must have run nothing else.
+
+    What ran before leaves the allocator in another state: after a model of 4 GiB,
+    ResNet-50's peak was 953 instead of 692 MiB.
 
     Args:
         model (nn.Module): Whose weights and buffers count.
@@ -29,7 +34,7 @@ def peak_bytes(
         times (int): How often to call.
     """
     if device == 'cpu':
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before
+        ctypes.CDLL(None).malloc_trim(0)  # what building has freed
         before = resident_bytes('VmRSS')
         Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     else:
@@ -43,3 +48,10 @@ def peak_bytes(
         peak = torch.cuda.max_memory_allocated()
     weights = itertools.chain(model.parameters(), model.buffers())
     return peak - before + sum(x.nbytes for x in weights)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of a module returns in a new process."""
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, spawn) as process:
+        return process.submit(function, *args).result()
