@@ -262,6 +262,7 @@ def build(table: Table, backbone: dict) -> nn.Module:
     """The table's model on a backbone, in evaluation mode."""
     cfg = Config.fromfile(CONFIGS / table.config)
     init_default_scope(cfg.default_scope)
+    MMLogger.get_current_instance().setLevel('ERROR')  # tells of scopes and of timm
     probe = MODELS.build(backbone).to('meta')
     probe.eval()  # returns nothing in some backbones
     with torch.no_grad():
@@ -483,8 +484,6 @@ def main() -> None:
     )
     parser.add_argument('--rounds', type=int, default=3, help='times each is timed')
     args = parser.parse_args()
-    # timm's wrapper logs what it was given.
-    MMLogger.get_current_instance().setLevel('WARNING')
     names = list(args.only)
     if importlib.util.find_spec('timm') is None:
         names = [name for name in names if not needs_timm(BACKBONES[name])]
