@@ -34,19 +34,31 @@ class GlobalAttention(nn.Module):
             self.logit_scale = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
-        B, L, C = x.shape
+        """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
+        return self.join(self.attend(*self.project(x)), x.shape)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """(B, ..., C) -> queries, keys, values, (B, H, L, D) each; their scale."""
+        tokens = x.flatten(1, -2)
+        B, L, C = tokens.shape
         # Views of one projection; the operators read them where they are.
-        qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
-        scale = None
-        if self.logit_scale is not None:
-            factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
-            query = (F.normalize(query, dim=-1) * factor).to(value.dtype)
-            key = F.normalize(key, dim=-1).to(value.dtype)
-            scale = 1.0
-        out = self.attend(query, key, value, scale)
-        return self.proj(out.transpose(1, 2).reshape(B, L, C))
+        qkv = self.qkv(tokens).view(B, L, 3, self.num_heads, C // self.num_heads)
+        return self.rescale(*qkv.permute(2, 0, 3, 1, 4))
+
+    def rescale(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """Make scores cosines where that is wanted; (B, H, L, D) each."""
+        if self.logit_scale is None:
+            return query, key, value, None
+        factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+        query = (F.normalize(query, dim=-1) * factor).to(value.dtype)
+        key = F.normalize(key, dim=-1).to(value.dtype)
+        return query, key, value, 1.0
+
+    def join(self, out: Tensor, shape: torch.Size) -> Tensor:
+        """(B, H, L, D) -> (B, ..., C), the shape, through the last projection."""
+        return self.proj(out.transpose(1, 2).flatten(2)).view(shape)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
