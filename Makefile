@@ -10,7 +10,7 @@ BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
 OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 onnx onnxruntime onnxscript \
-  pytest ruff==0.17.5 clang-format==23.1.5
+  gradio selenium nbclient ipykernel pytest ruff==0.17.5 clang-format==23.1.5
 
 DATA := data/demo
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)

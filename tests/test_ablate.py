@@ -68,7 +68,10 @@ def test_ablation(ablate, tmp_path, capsys):
     assert (tmp_path / 'out/ablations.png').read_bytes().startswith(b'\x89PNG')
     # What differs has reached the runs.
     dumped = {v: (tmp_path / f'runs/{v}/seed_1/tiny.py').read_text() for v in variants}
-    for variant, said in (('mirrored', 'mirrored=True'), ('shifted_window', 'window_size=4')):
+    for variant, said in (
+        ('mirrored', 'mirrored=True'),
+        ('shifted_window', 'window_size=4'),
+    ):
         assert [v for v in variants if said in dumped[v]] == [variant]
     assert all('seed=1' in text and 'max_iters=2' in text for text in dumped.values())
 

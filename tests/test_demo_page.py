@@ -1,7 +1,9 @@
 """The page in the browser: what it refuses, computes and serves."""
 
 import importlib
+import shutil
 import socket
+import urllib.request
 from functools import partialmethod
 
 import cv2
@@ -58,27 +60,117 @@ def test_a_click_shows_the_group_of_the_pixel(page, demo_page, scene, monkeypatc
     assert (pixels, others) == ([(34, 1)], [])
 
 
-def test_the_page_is_served_on_this_machine_alone(
-    tiny_models, page, scene, call_tool, monkeypatch
-):
+@pytest.fixture
+def url(tiny_models, call_tool, monkeypatch):
+    """Where the page is served, by the command."""
     gradio = pytest.importorskip('gradio')
-    client = pytest.importorskip('gradio_client')
     launch, port = gradio.Blocks.launch, free_port()
     monkeypatch.setattr(
         gradio.Blocks, 'launch', partialmethod(launch, prevent_thread_lock=True)
     )
     call_tool('demo_page', *tiny_models['mmseg'], '--port', port)
-    try:
-        found = client.Client(f'http://127.0.0.1:{port}', verbose=False).predict(
-            client.handle_file(scene), api_name='/predict'
+    yield f'http://127.0.0.1:{port}'
+    gradio.close_all()
+
+
+def test_the_page_is_served_on_this_machine_alone(url, page, scene):
+    client = pytest.importorskip('gradio_client')
+    found = client.Client(url, verbose=False).predict(
+        client.handle_file(scene), api_name='/predict'
+    )
+    drawn = page.predictor.draw(cv2.imread(scene))
+    np.testing.assert_array_equal(cv2.imread(found), drawn)
+    # Another address of the machine, as good as any of the network.
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(('127.0.0.2', int(url.split(':')[-1])), timeout=5)
+
+
+class Browser:
+    """A headless Chromium, and what a user does in it."""
+
+    def __init__(self, url):
+        webdriver = pytest.importorskip('selenium.webdriver')
+        driver = shutil.which('chromedriver')
+        names = ('chromium', 'chromium-browser', 'google-chrome')
+        browser = next(filter(None, map(shutil.which, names)), None)
+        if not (driver and browser):
+            pytest.skip('needs a Chromium and its chromedriver on the PATH')
+        options = webdriver.ChromeOptions()
+        options.binary_location = browser
+        options.page_load_strategy = 'eager'  # waits for nothing from the network
+        for switch in ('headless=new', 'no-sandbox', 'disable-dev-shm-usage'):
+            options.add_argument(f'--{switch}')
+        self.url = url
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+
+    def wait(self, condition):
+        """Wait until a condition of the driver holds; returns what it returns."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        redrawn = (StaleElementReferenceException,)
+        return WebDriverWait(self.driver, 30, ignored_exceptions=redrawn).until(
+            condition
         )
-        drawn = page.predictor.draw(cv2.imread(scene))
-        np.testing.assert_array_equal(cv2.imread(found), drawn)
-        # Another address of the machine, as good as any of the network.
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(('127.0.0.2', port), timeout=5)
-    finally:
-        gradio.close_all()
+
+    def upload(self, file):
+        """Load the page anew and choose a file."""
+        self.driver.get(self.url)
+        (entry,) = self.wait(
+            lambda d: d.find_elements('css selector', 'input[type=file]')
+        )
+        entry.send_keys(str(file))
+
+    def pictures(self, count):
+        """Wait for that many pictures that the page has computed."""
+
+        def loaded(driver):
+            found = driver.find_elements('css selector', 'img[src*="/file="]')
+            whole = [x for x in found if x.get_property('naturalWidth')]
+            return whole if len(whole) == count else False
+
+        return self.wait(loaded)
+
+    def says(self, text):
+        """Wait for a text anywhere on the page."""
+        return self.wait(lambda d: text in d.find_element('tag name', 'body').text)
+
+
+@pytest.fixture
+def browser(url):
+    browser = Browser(url)
+    yield browser
+    browser.driver.quit()
+
+
+def download(element):
+    """The pixels of a picture of the page, (H, W, 3) RGB."""
+    with urllib.request.urlopen(element.get_property('src')) as response:
+        data = np.frombuffer(response.read(), np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def test_a_picture_and_a_click_in_the_browser(browser, page, scene):
+    browser.upload(scene)
+    (found,) = browser.pictures(1)
+    np.testing.assert_array_equal(download(found), page.predict(scene))
+    found.click()  # in the middle, up to rounding
+    figure = download(browser.pictures(2)[1])
+    around = [(x, y) for x in (34, 35, 36) for y in (24, 25, 26)]
+    assert any(np.array_equal(figure, page.show(scene, 1, 1, 1, *p)) for p in around)
+
+
+def test_the_browser_says_what_is_refused(browser, demo_page, tmp_path):
+    (tmp_path / 'text.png').write_text('text')
+    browser.upload(tmp_path / 'text.png')
+    assert browser.says('Expected a picture such as JPEG or PNG, got text.png')
+    cv2.imwrite(str(tmp_path / 'large.png'), np.zeros((2049, 2048, 3), np.uint8))
+    browser.upload(tmp_path / 'large.png')
+    assert browser.says('at most 4.2 million pixels, got 2048x2049. Make it smaller.')
+    with open(tmp_path / 'heavy.png', 'wb') as file:
+        file.truncate(demo_page.MAX_BYTES + 1)
+    browser.upload(tmp_path / 'heavy.png')
+    assert browser.says('exceed the maximum allowed size of 20.0 Mb: "heavy.png"')
 
 
 def test_no_page_for_a_classifier(tiny_models, call_tool, capsys):

@@ -43,7 +43,15 @@ LOADER = dict(
 )
 
 
-def make_runner(work_dir, max_iters=4, resume=False, hooks={}, **centroid_hook):
+LINEAR = dict(type='LinearLR', start_factor=0.5, by_epoch=False, begin=0, end=4)
+ONE_CYCLE = dict(
+    type='OneCycleLR', eta_max=2.0, total_steps=4, by_epoch=False, begin=0, end=4
+)
+
+
+def make_runner(
+    work_dir, max_iters=4, resume=False, hooks={}, schedule=LINEAR, **centroid_hook
+):
     torch.manual_seed(0)  # the model is built before the Runner seeds
     return Runner(
         randomness=dict(seed=0),
@@ -52,9 +60,7 @@ def make_runner(work_dir, max_iters=4, resume=False, hooks={}, **centroid_hook):
         train_dataloader=LOADER,
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=2.0)),
-        param_scheduler=dict(
-            type='LinearLR', start_factor=0.5, by_epoch=False, begin=0, end=4
-        ),
+        param_scheduler=schedule,
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
@@ -67,7 +73,7 @@ def make_runner(work_dir, max_iters=4, resume=False, hooks={}, **centroid_hook):
         log_processor=dict(by_epoch=False),
         default_scope='mmengine',
         resume=resume,
-        experiment_name=f'{work_dir.name}_{max_iters}_{resume}_{len(centroid_hook)}',
+        experiment_name=f'{work_dir}_{max_iters}_{resume}_{len(centroid_hook)}',
     )
 
 
@@ -169,11 +175,12 @@ def test_an_average_of_the_weights_has_the_centroids_of_now(tmp_path):
     assert torch.equal(saved[f'{name}.centroids'], now)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    whole = make_runner(tmp_path / 'whole')
+@pytest.mark.parametrize('schedule', [LINEAR, ONE_CYCLE])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, schedule):
+    whole = make_runner(tmp_path / 'whole', schedule=schedule)
     whole.train()
-    make_runner(tmp_path / 'parts', max_iters=2).train()
-    rest = make_runner(tmp_path / 'parts', resume=True)
+    make_runner(tmp_path / 'parts', max_iters=2, schedule=schedule).train()
+    rest = make_runner(tmp_path / 'parts', resume=True, schedule=schedule)
     started = []
     rest.model.backbone.stages[0].blocks[0].attention.register_forward_pre_hook(
         lambda layer, _: started.append(layer.centroids.clone())

@@ -16,6 +16,19 @@ constexpr double kLn2 = 0.6931471805599453;
 // nor vanishes in float32, so the maximum need not be known.
 constexpr float kSafeExponent = 60.0f;
 
+// Rows that are gathered come from all over memory: asked for this far ahead, they
+// are there in time.
+constexpr int64_t kAhead = 16;
+
+template <class T>
+MMDGT_INLINE void prefetch_row(Rows<const T> from, const int32_t* index, int64_t place,
+                               int64_t count, int64_t length) {
+  if (place >= count) return;
+  const char* row = reinterpret_cast<const char*>(from[index[place]]);
+  const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 // How operands are laid out for Singles: in the working type, one number each.
 template <class V, class T>
 struct SinglesLayout {
@@ -31,23 +44,28 @@ struct SinglesLayout {
   static void pack_values(Rows<const T> value, const int32_t* index, int64_t num_keys,
                           Scalar* to, int64_t length, int64_t padded) {
     for (int64_t i = 0; i < num_keys; ++i) {
+      prefetch_row(value, index, i + kAhead, num_keys, length);
       copy_row<V>(value[index[i]], to + i * padded, length, padded);
     }
   }
 };
 
 // Gathers rows and transposes them: (count, D) -> (D, padded count). The places
-// past the last row repeat it, so that they change neither maximum nor norm.
+// past the last row repeat it, so that they change neither maximum nor norm. The
+// gathered rows are left in `rows`, (padded, depth), or if they need not stay in as
+// many as make a vector.
 template <class V, class Layout, class T>
 void pack_transposed(Rows<const T> from, const int32_t* index, int64_t count,
                      int64_t head_dim, int64_t depth, typename V::Scalar* to,
-                     int64_t padded, typename V::Scalar* rows) {
+                     int64_t padded, typename V::Scalar* rows, bool rows_stay = false) {
   for (int64_t first = 0; first < padded; first += V::kWidth) {
     for (int64_t i = 0; i < V::kWidth; ++i) {
       const int64_t place = std::min(first + i, count - 1);
+      prefetch_row(from, index, place + kAhead, count, head_dim);
       Layout::pack_row(from[index[place]], rows + i * depth, head_dim, depth);
     }
     transpose<V>(rows, depth, to + first, padded, V::kWidth, depth);
+    if (rows_stay) rows += V::kWidth * depth;
   }
 }
 
@@ -222,12 +240,13 @@ struct ScoreGradients {
   }
 };
 
-// Adds factor * tile to the first `rows` rows of a matrix.
+// Puts factor * tile into the first `rows` rows of a matrix, or adds it to them.
 template <class V>
 struct AddTile {
   typename V::Scalar* to;
   int64_t step, rows;
   typename V::Scalar factor;
+  bool add;
 
   template <int kVectors, class Tile>
   MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
@@ -238,8 +257,8 @@ struct AddTile {
       typename V::Scalar* line = to + (row + r) * step + first * V::kWidth;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        V::store(line + v * V::kWidth,
-                 V::fmadd(tile[r][v], scale, V::load(line + v * V::kWidth)));
+        const auto before = add ? V::load(line + v * V::kWidth) : V::zero();
+        V::store(line + v * V::kWidth, V::fmadd(tile[r][v], scale, before));
       }
     }
   }
@@ -256,13 +275,12 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
   const int64_t grad_step = padded_head_dim(head_dim);
   const int64_t gathered = std::max<int64_t>(kQueryBlock, V::kWidth);
 
-  scratch.start(sizeof(Scalar) *
-                (columns * keys * 2 + num_keys * columns + 2 * gathered * columns +
-                 2 * (kQueryBlock * keys + V::kTileRows) +
-                 kQueryBlock * (columns + V::kWidth + 2)));
+  scratch.start(sizeof(Scalar) * (columns * keys * 3 + 2 * gathered * columns +
+                                  2 * (kQueryBlock * keys + V::kTileRows) +
+                                  kQueryBlock * (columns + V::kWidth + 2)));
   Scalar* key_t = scratch.take<Scalar>(columns * keys);         // (D, K)
   Scalar* value_t = scratch.take<Scalar>(columns * keys);       // (D, K)
-  Scalar* key = scratch.take<Scalar>(num_keys * columns);       // (K, D)
+  Scalar* key = scratch.take<Scalar>(keys * columns);           // (K, D)
   Scalar* query = scratch.take<Scalar>(gathered * columns);     // (queries, D)
   Scalar* grad_out = scratch.take<Scalar>(gathered * columns);  // (queries, D)
   // The last tile of keys may read past the end of a row of these two.
@@ -274,10 +292,9 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
   Scalar* deltas = scratch.take<Scalar>(kQueryBlock);
 
   pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, columns, key_t,
-                             keys, query);
+                             keys, key, true);
   pack_transposed<V, Layout>(task.value, task.index, num_keys, head_dim, columns, value_t,
                              keys, query);
-  Layout::pack_values(task.key, task.index, num_keys, key, head_dim, columns);
 
   const auto scale = static_cast<Scalar>(task.scale);
   const auto factor = static_cast<Scalar>(task.scale * kLog2E);
@@ -311,16 +328,32 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
 
     product<V, Multiply>(Left<Scalar>{grad_score, keys, 1}, Right<Scalar>{key, columns},
                          rows, num_keys, vectors, StoreTile<V>{grad_query, columns});
-    product<V, Multiply>(Left<Scalar>{grad_score, 1, keys}, Right<Scalar>{query, columns},
-                         key_rows, count, vectors,
-                         AddTile<V>{task.grad_key, grad_step, num_keys, scale});
-    product<V, Multiply>(Left<Scalar>{probability, 1, keys},
-                         Right<Scalar>{grad_out, columns}, key_rows, count, vectors,
-                         AddTile<V>{task.grad_value, grad_step, num_keys, Scalar(1)});
+    product<V, Multiply>(
+        Left<Scalar>{grad_score, 1, keys}, Right<Scalar>{query, columns}, key_rows, count,
+        vectors, AddTile<V>{task.grad_key, grad_step, num_keys, scale, first > 0});
+    product<V, Multiply>(
+        Left<Scalar>{probability, 1, keys}, Right<Scalar>{grad_out, columns}, key_rows,
+        count, vectors,
+        AddTile<V>{task.grad_value, grad_step, num_keys, Scalar(1), first > 0});
 
     for (int64_t i = 0; i < count; ++i) {
       store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]], head_dim);
     }
+  }
+}
+
+// Adds gathered rows (count, padded D) to the rows that the index names.
+template <class V>
+void add_rows(const typename V::Scalar* from, const int32_t* index, int64_t count,
+              Rows<typename V::Scalar> to, int64_t head_dim) {
+  for (int64_t i = 0; i < count; ++i) {
+    typename V::Scalar* row = to[index[i]];
+    int64_t d = 0;
+    for (; d + V::kWidth <= head_dim; d += V::kWidth) {
+      V::store(row + d, V::load(row + d) + V::load(from + d));
+    }
+    for (; d < head_dim; ++d) row[d] += from[d];
+    from += padded_head_dim(head_dim);
   }
 }
 

@@ -149,7 +149,6 @@ struct Gathered {
   Gathered(int64_t tasks, int64_t num_keys, int64_t head_dim)
       : size(num_keys * padded_head_dim(head_dim)), data(tasks * 2 * size) {}
 
-  void clear() { std::fill(data.begin(), data.end(), T(0)); }
   T* key(int64_t task) { return data.data() + 2 * task * size; }
   T* value(int64_t task) { return key(task) + size; }
 
@@ -177,11 +176,7 @@ class Total {
 
   // rows (K, padded D), index (K).
   void add(const Sum* rows, const int32_t* index, int64_t num_keys) {
-    for (int64_t i = 0; i < num_keys; ++i) {
-      Sum* total = total_[index[i]];
-      for (int64_t d = 0; d < head_dim_; ++d) total[d] += rows[d];
-      rows += padded_head_dim(head_dim_);
-    }
+    kernels<T>().add(rows, index, num_keys, total_, head_dim_);
   }
 
   void finish() const {
@@ -240,7 +235,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
             Total<scalar_t> total_key(grad_keys[slice], tokens, head_dim);
             Total<scalar_t> total_value(grad_values[slice], tokens, head_dim);
             for (int64_t i = plan.begin[slice]; i < plan.begin[slice + 1]; ++i) {
-              part.clear();
               run(i, part.key(0), part.value(0), scratch);
               total_key.add(part.key(0), index_of(i), num_keys);
               total_value.add(part.value(0), index_of(i), num_keys);

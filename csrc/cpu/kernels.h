@@ -73,10 +73,21 @@ struct BackwardTask : AttentionTask<T> {
   Rows<const T> out, grad_out;
   const accumulate_t<T>* logsumexp;  // (L), of the slice
   Rows<T> grad_query;
-  // (K, padded_head_dim) each, zeros or a part of the sum to add to.
+  // (K, padded_head_dim) each, of this task alone.
   accumulate_t<T>* grad_key;
   accumulate_t<T>* grad_value;
 };
+
+// Rows of channels one after the other, and what is added to their GELU, or null.
+template <class T>
+struct GeluRows {
+  const T* x;         // (count, channels)
+  const T* residual;  // (count, channels)
+  int64_t count, channels;
+};
+
+// Channels come in multiples of the widest vector.
+constexpr int64_t kChannelStep = 16;
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -91,8 +102,21 @@ struct Kernels {
   void (*select)(const SelectTask<T>&, Scratch&);
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
+  // Adds numbers (count, padded_head_dim) to the rows that the index names.
+  void (*add)(const accumulate_t<T>* from, const int32_t* index, int64_t count,
+              Rows<accumulate_t<T>> to, int64_t head_dim);
   // (count, D) numbers into rows of D.
   void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count, int64_t head_dim);
+  void (*gelu_statistics)(const GeluRows<T>&, accumulate_t<T>* mean,
+                          accumulate_t<T>* deviation, Scratch&);
+  void (*gelu_norm)(const GeluRows<T>&, const accumulate_t<T>* scale,
+                    const accumulate_t<T>* shift, T* out);
+  void (*gelu_norm_sums)(const GeluRows<T>&, T* grad, const T* more,
+                         const accumulate_t<T>* mean, accumulate_t<T>* sum,
+                         accumulate_t<T>* product);
+  void (*gelu_norm_backward)(const GeluRows<T>&, const accumulate_t<T>* scale,
+                             const accumulate_t<T>* slope, const accumulate_t<T>* shift,
+                             T* grad, T* grad_residual);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

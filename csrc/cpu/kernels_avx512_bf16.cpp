@@ -7,6 +7,7 @@ MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #include "product.h"
 #include "routing_kernels.h"
 #include "attention_kernels.h"
+#include "gelu_norm_kernels.h"
 #include "simd_avx512_bf16.h"
 MMDGT_TARGET_END
 
@@ -15,8 +16,16 @@ namespace mmdgt {
 Kernels<c10::BFloat16> avx512_bf16_kernels() {
   using T = c10::BFloat16;
   using V = Avx512Bf16;
-  return {assign<V, T>, select<V, T>, attend<V, Bf16PairsLayout, T>,
-          attend_backward<V, T>, store_rows<V, T>};
+  return {assign<V, T>,
+          select<V, T>,
+          attend<V, Bf16PairsLayout, T>,
+          attend_backward<V, T>,
+          add_rows<V>,
+          store_rows<V, T>,
+          gelu_statistics<V, T>,
+          gelu_norm<V, T>,
+          gelu_norm_sums<V, T>,
+          gelu_norm_backward<V, T>};
 }
 
 }  // namespace mmdgt

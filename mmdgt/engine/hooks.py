@@ -1,5 +1,6 @@
 """Hooks for mmengine's Runner."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,7 @@ class PlainCheckpointHook(Hook):
 
     mmengine pickles the logged history as objects of its own, which torch from 2.6
     on refuses to load safely. They are stored as tensors and restored on resume.
+    Functions, of which ``OneCycleLR`` keeps one, are left out: resumed, it has its own.
     """
 
     priority = 'VERY_LOW'  # after every hook that adds to the checkpoint
@@ -121,9 +123,13 @@ class PlainCheckpointHook(Hook):
 
 
 def _map_leaves(function: Callable[[Any], Any], data: Any) -> Any:
-    """Apply a function to everything in nested dicts, lists and tuples."""
+    """Apply a function to everything in nested dicts, lists, tuples, but functions."""
     if isinstance(data, dict):
-        return {key: _map_leaves(function, value) for key, value in data.items()}
+        return {
+            key: _map_leaves(function, value)
+            for key, value in data.items()
+            if not inspect.isroutine(value)
+        }
     if isinstance(data, (list, tuple)):
         return type(data)(_map_leaves(function, value) for value in data)
     return function(data)

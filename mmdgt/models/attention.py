@@ -38,17 +38,19 @@ class GlobalAttention(nn.Module):
         return self.join(self.attend(*self.project(x)), x.shape)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """(B, ..., C) -> queries, keys, values, (B, H, L, D) each; their scale."""
-        tokens = x.flatten(1, -2)
-        B, L, C = tokens.shape
-        # Views of one projection; the operators read them where they are.
-        qkv = self.qkv(tokens).view(B, L, 3, self.num_heads, C // self.num_heads)
-        return self.rescale(*qkv.permute(2, 0, 3, 1, 4))
+        """(B, ..., C) -> what :meth:`attend` takes."""
+        return self.split(*self.qkv(x.flatten(1, -2)).chunk(3, dim=-1))
 
-    def rescale(
+    def split(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """Make scores cosines where that is wanted; (B, H, L, D) each."""
+        """(B, L, C) each -> (B, H, L, D) each, and the scale of the scores."""
+        # Views of one projection; the operators read them where they are. Of all ways
+        # to take them, this one makes a single copy of their gradients.
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in (query, key, value)
+        )
         if self.logit_scale is None:
             return query, key, value, None
         factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()

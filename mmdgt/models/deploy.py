@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 
+def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm of C channels is in evaluation mode, (C,) each."""
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias.detach() - norm.running_mean * scale
+
+
 class Affine(nn.Module):
     """A batch norm in evaluation mode, applied in place.
 
@@ -28,8 +34,7 @@ class Affine(nn.Module):
                 f'only batch norms can be folded, got {type(norm).__name__}; use the'
                 ' model without switch_to_deploy'
             )
-        scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias.detach() - norm.running_mean * scale
+        scale, shift = factor_and_shift(norm)
         self.register_buffer('scale', scale)
         self.register_buffer('shift', shift)
 

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
-from .deploy import Affine, fold_norms, fold_sum
+from .deploy import Affine, fold_sum
+from .feed_forward import IRFFN, feature_map, norm_of_gelu, tokens
 from .mixers import build_token_mixer
 from .pretrained import strict_init
 
@@ -20,22 +20,12 @@ BATCH_NORM = dict(type='BN')
 LINEAR_INIT = dict(type='TruncNormal', layer='Linear', std=0.02)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), a view where x is stored channels last."""
-    return x.permute(0, 2, 3, 1)
-
-
-def _feature_map(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W)."""
-    return x.permute(0, 3, 1, 2)
-
-
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a feature map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return _feature_map(super().forward(_tokens(x)))
+        return feature_map(super().forward(tokens(x)))
 
 
 class Stem(nn.Sequential):
@@ -52,6 +42,13 @@ class Stem(nn.Sequential):
             in_channels = dims
         super().__init__(*layers)
         self.to(memory_format=torch.channels_last)  # as the feature maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
+        layers = list(self)
+        for conv, norm in zip(layers[::3], layers[2::3], strict=True):
+            x = norm_of_gelu(norm, conv(x))
+        return x
 
 
 class CPE(nn.Conv2d):
@@ -72,59 +69,6 @@ class PatchMerging(nn.Sequential):
         conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
         super().__init__(conv, LayerNorm2d(dims))
         self.to(memory_format=torch.channels_last)  # as the feature maps
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution.
-
-    The libraries of convolutions bring its weights into an order of their own
-    whenever it is called. With fewer pixels than channels that is most of the work,
-    which a linear layer does not have.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, out_channels, H, W)."""
-        tokens = _tokens(x)
-        if tokens.shape[:-1].numel() > self.in_channels:
-            return super().forward(x)
-        return _feature_map(F.linear(tokens, self.weight.flatten(1), self.bias))
-
-
-class IRFFN(nn.Module):
-    """Inverted residual feed-forward network of CMT (Guo et al., 2021).
-
-    Args:
-        dims (int): Channels in and out.
-        ratio (int): Hidden channels over ``dims``.
-        norm_cfg (dict): Normalisation over feature maps.
-    """
-
-    def __init__(self, dims: int, ratio: int, norm_cfg: dict) -> None:
-        super().__init__()
-        hidden = dims * ratio
-        self.expand = PointwiseConv(dims, hidden)
-        self.norm1 = build_norm_layer(norm_cfg, hidden)[1]
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm2 = build_norm_layer(norm_cfg, hidden)[1]
-        self.reduce = PointwiseConv(hidden, dims)
-        self.norm3 = build_norm_layer(norm_cfg, dims)[1]
-        self.act = nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.norm1(self.act(self.expand(x)))
-        # In place: new memory for a large map costs more than the arithmetic.
-        x = self.norm2(self.act(self.depthwise(x)).add_(x))
-        return self.norm3(self.reduce(x))
-
-    def switch_to_deploy(self) -> None:
-        """Fold the batch norms."""
-        self.reduce = fold_norms(self.norm2, self.reduce, self.norm3)
-        self.norm1 = Affine(self.norm1)  # before a zero-padded convolution
-        self.norm2 = self.norm3 = nn.Identity()
 
 
 class Block(nn.Module):
@@ -181,7 +125,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.ffn(self.norm2(x)))  # eq. 10
 
     def _attend(self, x: Tensor) -> Tensor:
-        return _feature_map(self.attention(_tokens(x)))
+        return feature_map(self.attention(tokens(x)))
 
 
 @contextlib.contextmanager

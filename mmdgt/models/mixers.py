@@ -244,11 +244,7 @@ class ReductionAttention(GlobalAttention):
         weight, bias = self.qkv.weight, self.qkv.bias
         query = F.linear(x.flatten(1, 2), weight[:C], bias[:C])
         both = F.linear(coarse.flatten(2).mT, weight[C:], bias[C:])
-        heads = (self.num_heads, C // self.num_heads)
-        parts = (query, *both.chunk(2, dim=-1))
-        return self.rescale(
-            *(part.unflatten(2, heads).transpose(1, 2) for part in parts)
-        )
+        return self.split(query, *both.chunk(2, dim=-1))
 
 
 def build_token_mixer(

@@ -169,6 +169,20 @@ def dynamic_group_attention(
     return _attend(query, key, value, group, index, scale), sums, counts
 
 
+def fused(name: str, x: Tensor) -> bool:
+    """Whether the chosen back end has a kernel of that operator for such a tensor."""
+    device = x.device.type
+    return (
+        _backend != 'reference'
+        and device in _FUSED_DTYPES
+        and x.dtype in _FUSED_DTYPES[device]
+        and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f'{library.NAMESPACE}::{name}', device.upper()
+        )
+        and not torch.onnx.is_in_onnx_export()
+    )
+
+
 def _attend(query, key, value, group, index, scale) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     run = _kernel('group_attention', query, index.shape[2])
