@@ -91,7 +91,7 @@ def sizes(cfg: Config, image_size: int) -> tuple[float, float]:
         model = MODELS.build(cfg.model).eval()
     flops = sum(count_flops(model, image_size, image_size).values())
     params = sum(p.numel() for p in model.parameters())
-    return round(params / 1e6, 2), round(flops / 1e9, 2)
+    return round(params / 1e6, 2), round(flops / 1e9, 3)
 
 
 def summarise(cfg: Config, name: str, variant: dict, runs: list[dict]) -> dict:
@@ -193,14 +193,14 @@ def main() -> None:
     for number, (name, seed) in enumerate(todo, 1):
         run = configure(args, name, seed)
         file = Path(run.work_dir, 'result.json')
-        print(f'[{number}/{len(todo)}] {name}, seed {seed}: ', end='', flush=True)
+        print(f'[{number}/{len(todo)}] {name}, seed {seed}', flush=True)
         result = read(file, run)
         state = 'was there already' if result else 'trained'
         if not result:
             result = train(run)
             file.write_text(json.dumps(result, indent=1) + '\n')
         results[name].append(result)
-        print(f'top-1 {result["top1"]} %, {result["seconds"]} s, {state}', flush=True)
+        print(f'  top-1 {result["top1"]} %, {result["seconds"]} s, {state}', flush=True)
     rows = [
         summarise(configure(args, name, 0), name, variants[name], results[name])
         for name in names
