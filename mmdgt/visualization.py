@@ -104,8 +104,8 @@ def find_layer(
     layer = blocks[block - 1].attention
     if not isinstance(layer, DynamicGroupAttention):
         raise ValueError(
-            f'stage {stage} has global attention, which knows no groups; choose a'
-            f' stage from 1 to {stage - 1}'
+            f'stage {stage} has {type(layer).__name__}, which knows no groups; choose'
+            ' a stage with DynamicGroupAttention, by default any but the last'
         )
     _check_number(f'head of stage {stage}', head, layer.num_heads)
     return layer

@@ -39,14 +39,19 @@ def select(key, centroids, num_keys):
     return np.array(rows, dtype=int).reshape(B, H, centroids.shape[1], -1)
 
 
-def attend(query, key, value, group, index, scale):
-    """(B, H, L, D) three times, group (B, H, L), index (B, H, G, K) -> (B, H, L, D)."""
+def attend(query, key, value, group, index, scale, bias=None):
+    """(B, H, L, D) three times, group (B, H, L), index (B, H, G, K) -> (B, H, L, D).
+
+    A bias (H, L, L) is added to the scores.
+    """
     out = np.zeros_like(query)
     for b, h, i in np.ndindex(*query.shape[:3]):
         tokens = index[b, h, group[b, h, i]]
         weights = np.array(
             [np.exp(scale * query[b, h, i] @ key[b, h, t]) for t in tokens]
         )
+        if bias is not None:
+            weights *= [np.exp(bias[h, i, t]) for t in tokens]
         for weight, t in zip(weights / weights.sum(), tokens, strict=True):
             out[b, h, i] += weight * value[b, h, t]
     return out

@@ -118,7 +118,7 @@ class Doubling(nn.Module):
     """Stands for an attention whose result is easy to know."""
 
     def forward(self, x):
-        return 2 * x.flip(1)
+        return 2 * x.flip(1, 2)
 
 
 @pytest.mark.parametrize('post_norm', [False, True])

@@ -89,7 +89,7 @@ def test_any_stage_inside_any_model(stage, shape):
 @pytest.mark.parametrize(
     ('place', 'message'),
     [
-        (dict(stage=4), 'stage 4 has global attention.*from 1 to 3'),
+        (dict(stage=4), 'stage 4 has GlobalAttention.*any but the last'),
         (dict(stage=5), 'stage must be from 1 to 4, got 5'),
         (dict(stage=0), 'stage must be from 1 to 4, got 0'),
         (dict(stage=3, block=3), 'block of stage 3 must be from 1 to 2, got 3'),
@@ -292,5 +292,5 @@ def test_the_hook_draws_the_first_picture_of_a_validation(tmp_path):
 
 
 def test_the_hook_knows_at_once_that_a_stage_has_no_groups(tmp_path):
-    with pytest.raises(ValueError, match='stage 4 has global attention'):
+    with pytest.raises(ValueError, match='stage 4 has GlobalAttention'):
         make_runner(tmp_path, stage=4).call_hook('before_run')

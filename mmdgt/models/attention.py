@@ -34,22 +34,33 @@ class GlobalAttention(nn.Module):
             self.logit_scale = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
-        B, L, C = x.shape
+        """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
+        return self.join(self.attend(*self.project(x)), x.shape)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """(B, ..., C) -> what :meth:`attend` takes."""
+        return self.split(*self.qkv(x.flatten(1, -2)).chunk(3, dim=-1))
+
+    def split(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """(B, L, C) each -> (B, H, L, D) each, and the scale of the scores."""
         # Views of one projection; the operators read them where they are. Of all ways
         # to take them, this one makes a single copy of their gradients.
         query, key, value = (
-            part.view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D)
-            for part in self.qkv(x).chunk(3, dim=-1)
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in (query, key, value)
         )
-        scale = None
-        if self.logit_scale is not None:
-            factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
-            query = (F.normalize(query, dim=-1) * factor).to(value.dtype)
-            key = F.normalize(key, dim=-1).to(value.dtype)
-            scale = 1.0
-        out = self.attend(query, key, value, scale)
-        return self.proj(out.transpose(1, 2).reshape(B, L, C))
+        if self.logit_scale is None:
+            return query, key, value, None
+        factor = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+        query = (F.normalize(query, dim=-1) * factor).to(value.dtype)
+        key = F.normalize(key, dim=-1).to(value.dtype)
+        return query, key, value, 1.0
+
+    def join(self, out: Tensor, shape: torch.Size) -> Tensor:
+        """(B, H, L, D) -> (B, ..., C), the shape, through the last projection."""
+        return self.proj(out.transpose(1, 2).flatten(2)).view(shape)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None

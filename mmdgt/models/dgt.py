@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import DynamicGroupAttention, GlobalAttention
 from .deploy import Affine, fold_sum
 from .feed_forward import IRFFN, feature_map, norm_of_gelu, tokens
+from .mixers import build_token_mixer
 from .pretrained import strict_init
 
 BATCH_NORM = dict(type='BN')
@@ -75,7 +76,7 @@ class Block(nn.Module):
 
     Args:
         dims (int): Channels C.
-        attention (nn.Module): Maps (B, L, C) to (B, L, C).
+        attention (nn.Module): Maps (B, H, W, C) to (B, H, W, C).
         ffn_ratio (int): Hidden channels of the IRFFN over C.
         post_norm (bool): Whether LayerNorm comes after attention and IRFFN
             (DGT-S, DGT-B) instead of before (DGT-T).
@@ -124,8 +125,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.ffn(self.norm2(x)))  # eq. 10
 
     def _attend(self, x: Tensor) -> Tensor:
-        pixels = tokens(x)
-        return feature_map(self.attention(pixels.flatten(1, 2)).view(pixels.shape))
+        return feature_map(self.attention(tokens(x)))
 
 
 @contextlib.contextmanager
@@ -198,6 +198,10 @@ class DGT(BaseModule):
         norm_cfg (dict): Normalisation over feature maps, in stem and IRFFN.
         drop_path_rate (float): Stochastic depth, rising linearly to this rate at
             the last block.
+        token_mixer (str | dict): What attends in every stage but the last: 'group'
+            for DG-Attention; 'shifted_window' (Swin), 'cross_window' (CSWin) or
+            'reduction' (CMT) to compare with. A dict with the name as ``type`` also
+            has settings of :func:`mmdgt.models.mixers.build_token_mixer`.
         init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
             None draws linear layers from a truncated normal distribution of standard
             deviation 0.02. ``dict(type='Pretrained', checkpoint=FILE,
@@ -242,6 +246,7 @@ class DGT(BaseModule):
         with_cp: bool = False,
         norm_cfg: dict = BATCH_NORM,
         drop_path_rate: float = 0.0,
+        token_mixer: str | dict = 'group',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(strict_init(init_cfg, default=LINEAR_INIT))
@@ -268,12 +273,16 @@ class DGT(BaseModule):
         self.norm_eval = norm_eval
         self.deployed = False
 
-        def attention(stage: int) -> nn.Module:
-            cosine = post_norm
+        def attention(stage: int, block: int) -> nn.Module:
+            shape = dict(dims=dims[stage], num_heads=num_heads[stage], cosine=post_norm)
             if stage == num_stages - 1:
-                return GlobalAttention(dims[stage], num_heads[stage], cosine)
-            return DynamicGroupAttention(
-                dims[stage], num_heads[stage], num_groups, num_keys, cosine
+                return GlobalAttention(**shape)
+            if token_mixer in ('group', dict(type='group')):
+                return DynamicGroupAttention(
+                    num_groups=num_groups, num_keys=num_keys, **shape
+                )
+            return build_token_mixer(
+                token_mixer, stage, block, norm_cfg=norm_cfg, **shape
             )
 
         self.stem = Stem(in_channels, arch['stem_dims'], norm_cfg)
@@ -285,14 +294,14 @@ class DGT(BaseModule):
             blocks = [
                 Block(
                     dims[stage],
-                    attention(stage),
+                    attention(stage, block),
                     self.ffn_ratio,
                     post_norm,
                     next(drop_paths),
                     norm_cfg,
                     with_cp,
                 )
-                for _ in range(depths[stage])
+                for block in range(depths[stage])
             ]
             self.stages.append(Stage(previous, dims[stage], blocks))
             previous = dims[stage]
