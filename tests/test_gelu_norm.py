@@ -16,14 +16,14 @@ pytest.importorskip('mmdgt._ext', reason='the extension is not built')
 
 # One row; rows that no task divides; channels that make one vector, many, and more
 # than a task has room for.
-SIZES = ((1, 16), (37, 48), (2100, 64), (3, 33024))
+SIZES = ((1, 16), (37, 48), (2100, 64), (9, 33024))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EPS = 1e-5
 
 
 def tolerance(dtype):
-    """A rounding of the result, and what float32 arithmetic and GELU leave before."""
-    return {torch.float64: 1e-12}.get(dtype, 2e-6 + torch.finfo(dtype).eps)
+    """A rounding of the result, and what sums in float32 and GELU leave before."""
+    return {torch.float64: 1e-12}.get(dtype, 1e-5 + torch.finfo(dtype).eps)
 
 
 def draw(size, dtype, seed=0):
@@ -239,8 +239,8 @@ def test_other_norms_take_the_plain_way(prepare):
         dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 4, 4), stem_dims=16
     )
     torch.manual_seed(0)
-    model = DGT(arch, num_groups=4, num_keys=8, **settings).train()
-    images = torch.randn(2, 3, 64, 64)
+    model = DGT(arch, num_groups=4, num_keys=8, **settings).double().train()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.double)
     results = []
     for backend in ('reference', 'auto'):
         copied = copy.deepcopy(model)
@@ -250,8 +250,7 @@ def test_other_norms_take_the_plain_way(prepare):
         grads = [p.grad for p in copied.parameters() if p.grad is not None]
         results.append([*outs, *grads, *copied.buffers()])
     for expected, actual in zip(*results, strict=True):
-        scale = expected.abs().max().item() or 1.0
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * scale)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_pixel_has_no_variance():

@@ -137,7 +137,6 @@ class _GeluNorm(torch.autograd.Function):
         norm = _Statistics(rows, None, weight, bias, eps)
         ctx.save_for_backward(x, norm.mean, norm.inverse_std, norm.weight)
         ctx.mark_non_differentiable(norm.mean, norm.var)
-        ctx.set_materialize_grads(False)
         out = ops.gelu_norm(rows, None, norm.scale, norm.shift)
         return _shaped(out, x), norm.mean, norm.var
 
@@ -204,7 +203,6 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(x, z, mixer, reducer, *norms)
         statistics = (norm1.mean, norm1.var, norm2.mean, norm2.var)
         ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
         return out, *statistics
 
     @staticmethod
