@@ -9,8 +9,9 @@ TORCH := torch==2.11.0 torchvision==0.26.0
 BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
-OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 onnx onnxruntime onnxscript \
-  gradio selenium nbclient ipykernel pytest ruff==0.17.5 clang-format==23.1.5
+OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 timm==1.0.31 \
+  onnx onnxruntime onnxscript gradio selenium nbclient ipykernel pytest \
+  ruff==0.17.5 clang-format==23.1.5
 
 DATA := data/demo
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
@@ -69,7 +70,7 @@ sanitize: $(VENV)/others
 	  --upgrade .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-	  $(RUN) -m pytest tests/test_ops_cpu.py
+	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_norm.py
 
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@

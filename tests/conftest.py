@@ -53,13 +53,19 @@ def run_tool():
 
 
 @pytest.fixture
-def call_tool(monkeypatch):
+def tools(monkeypatch):
+    """Import a command of tools/."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / 'tools'))
+    return importlib.import_module
+
+
+@pytest.fixture
+def call_tool(monkeypatch, tools):
     """Call a command of tools/ in this process, which has the frameworks loaded."""
 
     def call(tool, *args):
-        monkeypatch.syspath_prepend(str(REPOSITORY / 'tools'))
         monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
-        importlib.import_module(tool).main()
+        tools(tool).main()
 
     return call
 

@@ -16,16 +16,14 @@ the model was run, plus the weights.
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import importlib
 import itertools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import memory
 import numpy as np
 import torch
 from measure import in_turns, machine, print_columns, save, summary
@@ -244,39 +242,21 @@ def prepare(case: Case, device: str) -> tuple[nn.Module, Callable[[], Any]]:
     return model, forward if case.which == 'forward' else train
 
 
-def resident_bytes(what: str) -> int:
-    """VmRSS, the resident size of this process, or VmHWM, its peak."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))
+def peak_of(case: Case) -> int:
+    """The bytes that a case takes at its peak, in a process of its own."""
+    # A first training step makes AdamW's state.
+    return memory.peak_bytes(*prepare(case, 'cpu'), 'cpu', times=2)
 
 
-def peak_resident_bytes(case: Case) -> int:
-    """Weights, and what running adds to a process that runs nothing else."""
-    model, call = prepare(case, 'cpu')
-    ctypes.CDLL(None).malloc_trim(0)  # what building has freed
-    before = resident_bytes('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-    for _ in range(2):  # a first training step makes AdamW's state
-        call()
-    weights = itertools.chain(model.parameters(), model.buffers())
-    return resident_bytes('VmHWM') - before + sum(x.nbytes for x in weights)
-
-
-def peak_bytes(case: Case) -> int:
-    """The same in a fresh process on the CPU."""
-    spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, spawn) as process:
-        return process.submit(peak_resident_bytes, case).result()
-
-
-def start(case: Case, device: str, memory: bool) -> tuple[Callable[[], Any], dict]:
+def start(case: Case, device: str, with_memory: bool) -> tuple[Callable[[], Any], dict]:
     """A function that runs the model once, warmed up, and the memory it takes."""
     if device == 'cpu':
         _, call = prepare(case, device)
         call()
         # Compiling takes more memory than the model.
-        wanted = memory and not case.mode.endswith('compiled')
-        return call, dict(peak_bytes=peak_bytes(case)) if wanted else {}
+        if not with_memory or case.mode.endswith('compiled'):
+            return call, {}
+        return call, dict(peak_bytes=memory.in_fresh_process(peak_of, case))
     before = torch.cuda.memory_allocated()
     _, call = prepare(case, device)
     call()
@@ -292,8 +272,8 @@ def measure(cases: list[Case], args: argparse.Namespace) -> list[dict]:
     for case in cases:
         rows[case] = case.row()
         try:
-            calls[case], memory = start(case, args.device, args.memory)
-            rows[case] |= memory
+            calls[case], peak = start(case, args.device, args.memory)
+            rows[case] |= peak
         except Exception as error:
             message = f'{type(error).__name__}: {error}'
             rows[case]['error'] = message.splitlines()[0][:300]

@@ -1,20 +1,37 @@
-"""Rebuild the sizes in the paper's tables 3 and 4(a).
+"""Rebuild the sizes in the paper's tables 3 and 4(a), and time the models.
 
-Every backbone that the frameworks have is put into our UperNet and Mask R-CNN and
-counted; the published figures stand beside. Writes backbones.md, .csv and .png.
+    python tools/compare_backbones.py
+    python tools/compare_backbones.py --time
+    python tools/compare_backbones.py --time DGT-T Swin-T
+
+Every backbone that the frameworks and timm have is put into our UperNet and Mask R-CNN
+and counted; the published figures stand beside. Writes backbones.md, .csv and .png.
+
+--time adds to backbones.json how long a forward pass takes and its peak memory. What
+is in that file already is not measured again, so an interrupted run goes on where it
+stopped, and the tables show it from then on.
 """
 
 import argparse
 import csv
-from collections.abc import Iterable
+import importlib.util
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mmpretrain.models  # noqa: F401  # registers its backbones
 import torch
+from benchmark_model import versions
+from measure import machine, save, seconds, summary
+from memory import in_fresh_process, peak_bytes
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmdgt  # noqa: F401
@@ -28,13 +45,15 @@ COLUMNS = (
     'FLOPs (G), published',
     'FLOPs (G), here',
     'of which attention',
+    'time (ms)',
+    'peak memory (MiB)',
 )
 # Products of matrices that depend on the image: in these models, attention.
 ATTENTION = ('aten.bmm', 'aten.baddbmm', 'mmdgt.')
 
 
 class Row(NamedTuple):
-    """A backbone in the order of the columns; None for what is not published."""
+    """A backbone in the order of the columns; None for what nobody gives."""
 
     name: str
     params: float | None
@@ -42,19 +61,22 @@ class Row(NamedTuple):
     flops: float | None
     flops_here: float
     attention: float
+    milliseconds: float | None = None
+    mebibytes: int | None = None
 
 
 class Table(NamedTuple):
     """A table of the paper, and the model that the backbones are put into.
 
-    ``published`` has the parameters (M) and the FLOPs (G) by the backbone's name;
-    None for what the paper does not list.
+    ``classes`` are those of the paper: backbones of about one size, which are timed
+    in turns. Each has the published parameters (M) and FLOPs (G) by the backbone's
+    name, or None.
     """
 
     title: str
     config: str
     size: tuple[int, int]
-    published: dict[str, tuple[float, float] | None]
+    classes: tuple[dict[str, tuple[float, float] | None], ...]
 
 
 def of_mmpretrain(kind: str, **settings) -> dict:
@@ -62,12 +84,18 @@ def of_mmpretrain(kind: str, **settings) -> dict:
     return dict(type=f'mmpretrain.{kind}', out_indices=(0, 1, 2, 3), **settings)
 
 
+def of_timm(name: str, **settings) -> dict:
+    """A backbone of timm that returns the features of all stages."""
+    return dict(
+        type='mmpretrain.TIMMBackbone', model_name=name, features_only=True, **settings
+    )
+
+
 def pvt(*num_layers: int) -> dict:
     """A PVT of so many layers a stage."""
     return dict(type='mmdet.PyramidVisionTransformer', num_layers=num_layers)
 
 
-# CrossFormer and ViL, which the tables list too, are in none of the frameworks.
 BACKBONES = {
     **{
         f'DGT-{size}': dict(type='DGT', arch=size, num_keys=392)
@@ -78,9 +106,25 @@ BACKBONES = {
         for size in ('T', 'S', 'B')
     },
     **{
-        f'ConvNeXt-{size[0].upper()}': of_mmpretrain(
-            'ConvNeXt', arch=size, gap_before_final_norm=False
+        f'{kind}-{size[0].upper()}': of_mmpretrain(
+            kind, arch=size, gap_before_final_norm=False
         )
+        for kind in ('ConvNeXt', 'HorNet')
+        for size in ('tiny', 'small', 'base')
+    },
+    **{
+        f'DaViT-{size}': of_mmpretrain('DaViT', arch=size.lower())
+        for size in ('T', 'S', 'B')
+    },
+    **{
+        # The first of its five maps is the stem's.
+        f'MaxViT-{size[0].upper()}': of_timm(
+            f'maxvit_{size}_tf_224', out_indices=(1, 2, 3, 4)
+        )
+        for size in ('tiny', 'small', 'base')
+    },
+    **{
+        f'GC-ViT-{size[0].upper()}': of_timm(f'gcvit_{size}')
         for size in ('tiny', 'small', 'base')
     },
     **{
@@ -96,89 +140,159 @@ BACKBONES = {
     'X101-32': of_mmpretrain('ResNeXt', depth=101, groups=32, width_per_group=4),
     'X101-64': of_mmpretrain('ResNeXt', depth=101, groups=64, width_per_group=4),
 }
+# What the paper does not list has the figures of its own authors, where they give any
+# (NOTES names the sources).
 TABLES = (
     Table(
         'Table 3: UperNet, 512x2048',
         'upernet_dgt_t_ade20k.py',
         (512, 2048),
-        {
-            'TwinsP-S': (54.6, 919),
-            'Twins-S': (54.4, 901),
-            'Swin-T': (59.9, 945),
-            'ConvNeXt-T': None,
-            'DGT-T': (52.5, 954),
-            'Res101': (86.0, 1029),
-            'TwinsP-B': (74.3, 977),
-            'Twins-B': (88.5, 1020),
-            'Swin-S': (81.3, 1038),
-            'ConvNeXt-S': None,
-            'DGT-S': (81.9, 1074),
-            'TwinsP-L': (91.5, 1041),
-            'Twins-L': (133.0, 1164),
-            'Swin-B': (121.0, 1188),
-            'ConvNeXt-B': None,
-            'DGT-B': (122.2, 1234),
-        },
+        (
+            {
+                'TwinsP-S': (54.6, 919),
+                'Twins-S': (54.4, 901),
+                'Swin-T': (59.9, 945),
+                'ConvNeXt-T': (60, 939),
+                'DaViT-T': (60, 940),
+                'HorNet-T': (52, 926),
+                'MaxViT-T': None,
+                'GC-ViT-T': None,
+                'DGT-T': (52.5, 954),
+            },
+            {
+                'Res101': (86.0, 1029),
+                'TwinsP-B': (74.3, 977),
+                'Twins-B': (88.5, 1020),
+                'Swin-S': (81.3, 1038),
+                'ConvNeXt-S': (82, 1027),
+                'DaViT-S': (81, 1030),
+                'HorNet-S': (81, 1030),
+                'MaxViT-S': None,
+                'GC-ViT-S': None,
+                'DGT-S': (81.9, 1074),
+            },
+            {
+                'TwinsP-L': (91.5, 1041),
+                'Twins-L': (133.0, 1164),
+                'Swin-B': (121.0, 1188),
+                'ConvNeXt-B': (122, 1170),
+                'DaViT-B': (121, 1175),
+                'HorNet-B': (121, 1174),
+                'MaxViT-B': None,
+                'GC-ViT-B': None,
+                'DGT-B': (122.2, 1234),
+            },
+        ),
     ),
     Table(
         'Table 4(a): Mask R-CNN, 800x1280',
         'mask_rcnn_dgt_t_1x_coco.py',
         (800, 1280),
-        {
-            'Res50': (44, 260),
-            'PVT-S': (44, 245),
-            'TwinsP-S': (44, 245),
-            'Twins-S': (44, 228),
-            'Swin-T': (48, 264),
-            'ConvNeXt-T': None,
-            'DGT-T': (42, 272),
-            'Res101': (63, 336),
-            'X101-32': (63, 340),
-            'PVT-M': (64, 302),
-            'TwinsP-B': (64, 302),
-            'Twins-B': (76, 340),
-            'Swin-S': (69, 354),
-            'ConvNeXt-S': None,
-            'DGT-S': (70, 386),
-            'X101-64': (101, 493),
-            'PVT-L': (81, 364),
-            'TwinsP-L': (81, 364),
-            'Twins-L': (111, 474),
-            'Swin-B': (107, 496),
-            'ConvNeXt-B': None,
-            'DGT-B': (108, 540),
-        },
+        (
+            {
+                'Res50': (44, 260),
+                'PVT-S': (44, 245),
+                'TwinsP-S': (44, 245),
+                'Twins-S': (44, 228),
+                'Swin-T': (48, 264),
+                'ConvNeXt-T': (48, 262),
+                'DaViT-T': (47.8, 263),
+                'HorNet-T': None,
+                'MaxViT-T': None,
+                'GC-ViT-T': (48, 291),
+                'DGT-T': (42, 272),
+            },
+            {
+                'Res101': (63, 336),
+                'X101-32': (63, 340),
+                'PVT-M': (64, 302),
+                'TwinsP-B': (64, 302),
+                'Twins-B': (76, 340),
+                'Swin-S': (69, 354),
+                'ConvNeXt-S': None,
+                'DaViT-S': (69.2, 351),
+                'HorNet-S': None,
+                'MaxViT-S': None,
+                'GC-ViT-S': None,
+                'DGT-S': (70, 386),
+            },
+            {
+                'X101-64': (101, 493),
+                'PVT-L': (81, 364),
+                'TwinsP-L': (81, 364),
+                'Twins-L': (111, 474),
+                'Swin-B': (107, 496),
+                'ConvNeXt-B': None,
+                'DaViT-B': (107.3, 491),
+                'HorNet-B': None,
+                'MaxViT-B': None,
+                'GC-ViT-B': None,
+                'DGT-B': (108, 540),
+            },
+        ),
     ),
 )
+NOTES = """
+- Published: the paper's figures; those of ConvNeXt, DaViT, HorNet and GC-ViT, which it
+  does not list, from the README files of their authors' repositories
+  (facebookresearch/ConvNeXt, dingmyu/davit, raoyongming/HorNet, NVlabs/GCVit; HorNet's
+  variants of 7x7 convolutions).
+- The published FLOPs of PVT and Twins are those without attention, its products of
+  matrices. The published parameters of Twins include a classifier of 1000 classes,
+  which their code keeps in the backbone.
+- Twins-L in Mask R-CNN: 111 is the count of its RetinaNet. Table 8 of the Twins paper
+  has 110.9 for RetinaNet and 119.7 for Mask R-CNN, and 101.9 for X101-64.
+- MaxViT and GC-ViT are timm's, whose windows grow with the image: their sides are 1/32
+  of the image's in pixels (1/16 in GC-ViT's third stage). In the code of GC-ViT's
+  authors for detection, whose figure is the published one, all windows are 24x24.
+- Left out: VOLO, TNT and ConViT, whose features in timm 1.0.31 have one stride alone
+  (16), no pyramid of four; CrossFormer, ViL, CSWin and CMT, which none of mmpretrain,
+  mmdet, mmsegmentation and timm implements.
+"""
+TIMED = """\
+- Time: median of some forward passes of the whole model in evaluation mode, one image,
+  float32, random weights, on {device}; backbones of a size took turns. Mask R-CNN
+  runs as it is counted, by mode='tensor': proposals get a box, the best 100 of them a
+  mask, and nothing is pasted into the picture. Memory: weights and what a pass adds at
+  its peak. `backbones.json` has the number of passes, quartiles and versions.
+"""
 
 
 def build(table: Table, backbone: dict) -> nn.Module:
-    """The table's model on a backbone, without memory for its weights."""
+    """The table's model on a backbone, in evaluation mode."""
     cfg = Config.fromfile(CONFIGS / table.config)
     init_default_scope(cfg.default_scope)
+    MMLogger.get_current_instance().setLevel('ERROR')  # tells of scopes and of timm
     probe = MODELS.build(backbone).to('meta')
     probe.eval()  # returns nothing in some backbones
     with torch.no_grad():
         features = probe(torch.empty(1, 3, 224, 224, device='meta'))
     channels = [feature.shape[1] for feature in features]
+    if needs_timm(backbone):  # those here make their windows for one size
+        backbone = backbone | dict(img_size=table.size)
     cfg.model.backbone = backbone
     if cfg.default_scope == 'mmseg':
         cfg.model.decode_head.in_channels = channels
         cfg.model.auxiliary_head.in_channels = channels[2]
     else:
         cfg.model.neck.in_channels = channels
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).to('meta')
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.eval()
     return model
 
 
-def count(table: Table, name: str) -> Row:
+def needs_timm(backbone: dict) -> bool:
+    """Whether timm builds it."""
+    return backbone['type'] == 'mmpretrain.TIMMBackbone'
+
+
+def count(table: Table, name: str, published: tuple[float, float] | None) -> Row:
     """Count one of the backbones."""
-    model = build(table, BACKBONES[name])
+    model = build(table, BACKBONES[name]).to('meta')
     params = sum(p.numel() for p in model.parameters()) / 1e6
     flops = count_flops(model, *table.size)
     attention = (n for operator, n in flops.items() if operator.startswith(ATTENTION))
-    published = table.published[name] or (None, None)
+    published = published or (None, None)
     return Row(
         name,
         published[0],
@@ -189,23 +303,110 @@ def count(table: Table, name: str) -> Row:
     )
 
 
-def write_markdown(file: Path, results: dict[str, list[Row]]) -> None:
-    """Both tables."""
+class Measurements:
+    """Times and memory by table and backbone, kept in a file.
+
+    Args:
+        file (Path): The JSON, which need not exist yet.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.about, self.rows = {}, {}
+        if file.exists():
+            content = json.loads(file.read_text())
+            self.about = content['machine']
+            self.rows = {(r['table'], r['backbone']): r for r in content['results']}
+
+    def go_on(self, about: dict) -> None:
+        """Take measurements of this machine.
+
+        Raises:
+            RuntimeError: Those in the file are of another one or other versions.
+        """
+        self.commit = about.pop('commit', None)  # may change, and is in every row
+        if self.rows and self.about != about:
+            raise RuntimeError(
+                f'{self.file} was measured on {self.about}, this is {about}: move it'
+                ' away to start anew, or choose another folder by --out'
+            )
+        self.about = about
+
+    def add(self, title: str, name: str, **measured: Any) -> None:
+        """Put into a row, and write the file."""
+        row = dict(table=title, backbone=name, commit=self.commit, **measured)
+        self.rows[title, name] = row
+        save(self.file, self.about, results=list(self.rows.values()))
+
+    def rounds(self, title: str, name: str) -> int:
+        """How often a backbone was timed."""
+        return self.rows.get((title, name), {'rounds': 0})['rounds']
+
+    def complete(self, title: str, row: Row) -> Row:
+        """The row with its time and memory, if measured."""
+        if not self.rounds(title, row.name):
+            return row
+        measured = self.rows[title, row.name]
+        memory = round(measured['peak_bytes'] / 2**20)
+        return row._replace(milliseconds=round(measured['ms']), mebibytes=memory)
+
+
+def prepare(table: Table, backbone: dict, device: str) -> tuple[nn.Module, Callable]:
+    """A model, and the function that runs it once."""
+    torch.manual_seed(0)
+    model = build(table, backbone).to(device)
+    image = torch.randn(1, 3, *table.size, device=device)
+    samples = [BaseDataElement(metainfo=dict(img_shape=table.size))]
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(image, samples, mode='tensor')
+
+    return model, forward
+
+
+def peak_of(table: Table, backbone: dict, device: str) -> int:
+    """The bytes that a model takes at its peak, in a process of its own."""
+    return peak_bytes(*prepare(table, backbone, device), device)
+
+
+def measure(
+    table: Table, names: list[str], device: str, rounds: int, kept: Measurements
+) -> None:
+    """Time backbones of about one size in turns; all of them are in memory then."""
+    calls, peaks = {}, {}
+    for name in names:
+        peaks[name] = in_fresh_process(peak_of, table, BACKBONES[name], device)
+        _, calls[name] = prepare(table, BACKBONES[name], device)
+        calls[name]()
+        print(f'{table.title}  {name}  {peaks[name] / 2**20:.0f} MiB', flush=True)
+    times = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+            print(f'{table.title}  {name}  {times[name][-1]:.2f} s', flush=True)
+            measured = summary(sorted(times[name]), 'ms', 1e3)
+            kept.add(table.title, name, peak_bytes=peaks[name], **measured)
+
+
+def write_markdown(file: Path, results: dict[str, list[Row]], about: dict) -> None:
+    """Both tables and their notes."""
     with file.open('w') as out:
-        out.write('# Sizes of backbones, published and counted\n\n')
+        out.write('# Backbones, published, counted and timed\n\n')
         out.write('Written by `python tools/compare_backbones.py`. One multiply-add')
-        out.write(
-            ' counts once. The\npublished FLOPs of PVT and Twins are those without'
-        )
-        out.write(' attention, its products of matrices.\n\n![](backbones.png)\n')
+        out.write(' counts once.\n\n![](backbones.png)\n')
         for title, rows in results.items():
             out.write(f'\n## {title}\n\n| {" | ".join(COLUMNS)} |\n')
             out.write(f'|{" --- |" * len(COLUMNS)}\n')
             out.writelines(f'| {" | ".join(cells(row))} |\n' for row in rows)
+        out.write(f'\n## Notes\n{NOTES}')
+        if about:
+            device = about.get('gpu') or f'{about["cpu"]}, {about["threads"]} threads'
+            out.write(TIMED.format(device=device))
 
 
 def cells(row: Row) -> Iterable[str]:
-    """The row as text, a dash where nothing is published."""
+    """The row as text, a dash for what nobody gives."""
     return ('-' if cell is None else str(cell) for cell in row)
 
 
@@ -219,13 +420,21 @@ def write_csv(file: Path, results: dict[str, list[Row]]) -> None:
 
 
 def plot(file: Path, results: dict[str, list[Row]]) -> None:
-    """The FLOPs as bars, what is published as rings."""
+    """FLOPs as bars, what is published as rings; below, where timed, time by FLOPs."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(results), figsize=(11, 5.5), squeeze=False)
+    timed = any(row.milliseconds for rows in results.values() for row in rows)
+    figure, axes = pyplot.subplots(
+        1 + timed,
+        len(results),
+        figsize=(11, 13 if timed else 7.5),
+        height_ratios=[7, 5][: 1 + timed],
+        squeeze=False,
+        layout='constrained',
+    )
     for ax, (title, rows) in zip(axes[0], results.items(), strict=True):
         names = [row.name for row in rows]
         attention = [row.attention for row in rows]
@@ -239,28 +448,84 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
         for label in ax.get_yticklabels():
             label.set_weight('bold' if label.get_text().startswith('DGT') else 'normal')
     ax.legend()
-    figure.tight_layout()
+    for ax, rows in zip(axes[1:].flat, results.values(), strict=timed):
+        families = {}
+        for row in rows:
+            family = re.sub(r'-[^-]+$|\d+$', '', row.name)  # less its size
+            if row.milliseconds:
+                families.setdefault(family, []).append(row)
+        for index, (family, members) in enumerate(families.items()):
+            ax.plot(
+                [row.flops_here for row in members],
+                [row.milliseconds / 1e3 for row in members],
+                marker='osv^<>DXP*ph'[index % 12],
+                label=family,
+                color='k' if family == 'DGT' else None,
+                linewidth=3 if family == 'DGT' else 1,
+            )
+        ax.set(xlabel='FLOPs (G)', ylabel='time (s)')
+        ax.legend(fontsize='small')
     figure.savefig(file, dpi=80)
 
 
 def main() -> None:
-    """Count and write."""
+    """Count, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = dict(choices=BACKBONES, metavar='BACKBONE')
     parser.add_argument('--out', type=Path, default='docs/backbones', help='folder')
     parser.add_argument(
-        '--only', nargs='+', choices=BACKBONES, default=BACKBONES, metavar='BACKBONE'
+        '--only', nargs='+', default=BACKBONES, help='what the tables have', **names
     )
+    parser.add_argument(
+        '--time', nargs='*', help='measure these, or all if none is named', **names
+    )
+    parser.add_argument(
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
+    )
+    parser.add_argument('--rounds', type=int, default=3, help='times each is timed')
     args = parser.parse_args()
-    results = {}
+    names = list(args.only)
+    if importlib.util.find_spec('timm') is None:
+        names = [name for name in names if not needs_timm(BACKBONES[name])]
+        left_out = ', '.join(name for name in args.only if name not in names)
+        if left_out:
+            print(f'left out for want of timm ("pip install timm"): {left_out}')
+    kept = Measurements(args.out / 'backbones.json')
+
+    counted = {table.title: [] for table in TABLES}
     for table in TABLES:
-        rows = results[table.title] = []
-        for name in (name for name in table.published if name in args.only):
-            rows.append(count(table, name))
-            print(table.title, *cells(rows[-1]), sep='  ', flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_markdown(args.out / 'backbones.md', results)
-    write_csv(args.out / 'backbones.csv', results)
-    plot(args.out / 'backbones.png', results)
+        for name, published in itertools.chain(*(c.items() for c in table.classes)):
+            if name in names:
+                row = count(table, name, published)
+                counted[table.title].append(row)
+                print(table.title, *cells(row), sep='  ', flush=True)
+    write(args.out, counted, kept)
+    if args.time is None:
+        return
+    kept.go_on(machine(args.device) | {'versions': versions()})
+    wanted = set(args.time or names).intersection(names)
+    for table in TABLES:
+        for members in table.classes:
+            missing = [
+                name
+                for name in members
+                if name in wanted and kept.rounds(table.title, name) < args.rounds
+            ]
+            if missing:
+                measure(table, missing, args.device, args.rounds, kept)
+                write(args.out, counted, kept)
+
+
+def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> None:
+    """All three files, with what is measured so far."""
+    results = {
+        title: [kept.complete(title, row) for row in rows]
+        for title, rows in counted.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_markdown(folder / 'backbones.md', results, kept.about)
+    write_csv(folder / 'backbones.csv', results)
+    plot(folder / 'backbones.png', results)
 
 
 if __name__ == '__main__':

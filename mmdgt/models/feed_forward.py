@@ -32,10 +32,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     whenever it is called. With fewer pixels than channels that is most of the work,
     which a linear layer does not have.
     """
-    pixels = tokens(x)
-    if pixels.shape[:-1].numel() > pixels.shape[-1]:
+    if not _is_linear(x, weight):
         return F.conv2d(x, weight, bias)
-    return feature_map(F.linear(pixels, weight.flatten(1), bias))
+    return feature_map(F.linear(tokens(x), weight.flatten(1), bias))
+
+
+def _is_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution had better be a linear layer."""
+    return weight.shape[2:].numel() == 1 and x[:, 0].numel() <= x.shape[1]
 
 
 class PointwiseConv(nn.Conv2d):
@@ -230,6 +234,10 @@ def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias of a 1x1 or a depth-wise 3x3 convolution."""
+    if _is_linear(x, weight):
+        rows = _rows(grad)
+        grad_x = _shaped(rows @ weight.flatten(1), x)
+        return grad_x, (rows.mT @ _rows(x)).view_as(weight), rows.sum(0)
     groups = x.shape[1] // weight.shape[1]
     padding = [side // 2 for side in weight.shape[2:]]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(

@@ -1,0 +1,269 @@
+"""Batch norm of GELU on the CPU: the operators, and the layers that use them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmdgt.models.dgt import DGT
+from mmdgt.models.feed_forward import IRFFN, norm_of_gelu
+from mmdgt.ops import use_backend
+from mmdgt.ops.gelu_norm import ops, serves
+
+pytest.importorskip('mmdgt._ext', reason='the extension is not built')
+
+# One row; rows that no task divides; channels that make one vector, many, and more
+# than a task has room for.
+SIZES = ((1, 16), (37, 48), (2100, 64), (3, 33024))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EPS = 1e-5
+
+
+def tolerance(dtype):
+    """A rounding of the result, and what float32 arithmetic and GELU leave before."""
+    return {torch.float64: 1e-12}.get(dtype, 2e-6 + torch.finfo(dtype).eps)
+
+
+def draw(size, dtype, seed=0):
+    """x, residual and grad (N, C); weight and bias (C)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(size, generator=generator).to(dtype) * 2 for _ in range(3)]
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = torch.rand(2, size[1], generator=generator).to(wide)
+    return *rows, weight + 0.5, bias
+
+
+def activation(x, residual):
+    """GELU(x) + residual by the error function, in float64."""
+    x = x.double()
+    s = x * 0.5 * torch.special.erfc(-x / math.sqrt(2))
+    return s if residual is None else s + residual.double()
+
+
+def close(actual, expected, dtype):
+    scale = max(expected.abs().max().item(), 1.0)
+    error = (actual.double() - expected).abs().max().item()
+    assert error <= tolerance(dtype) * scale, error / scale
+
+
+@pytest.mark.parametrize('with_residual', (False, True))
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('size', SIZES)
+def test_forward(size, dtype, with_residual):
+    x, residual, _, weight, bias = draw(size, dtype)
+    residual = residual if with_residual else None
+    s = activation(x, residual)
+    mean, var = ops.gelu_statistics(x, residual)
+    assert mean.dtype == var.dtype == weight.dtype
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    close(mean, s.mean(0), exact)
+    close(var, s.var(0, correction=0), exact)
+    out = ops.gelu_norm(x, residual, weight, bias)
+    assert out.dtype == dtype
+    close(out, s * weight.double() + bias.double(), dtype)
+    ops.gelu_norm_(x, residual, weight, bias)
+    torch.testing.assert_close(x, out, rtol=0, atol=0)
+
+
+def test_variance_keeps_its_digits_beside_a_large_mean():
+    x, residual, *_ = draw((5000, 16), torch.float32)
+    residual += 1e4  # 1 part in 1e3 of its square's rounding is the variance
+    s = activation(x, residual)
+    _, var = ops.gelu_statistics(x, residual)
+    torch.testing.assert_close(var.double(), s.var(0, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('with_more', (False, True))
+@pytest.mark.parametrize('with_residual', (False, True))
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('size', SIZES[1:])
+def test_backward(size, dtype, with_residual, with_more):
+    x, residual, grad, weight, bias = draw(size, dtype)
+    residual = residual if with_residual else None
+    more = torch.ones_like(grad) if with_more else None
+    inputs = [x, *([residual] if with_residual else []), weight, bias]
+    wide = [t.double().requires_grad_() for t in inputs]
+    s = activation(wide[0], wide[1] if with_residual else None)
+    y = nn.functional.batch_norm(s, None, None, *wide[-2:], training=True, eps=EPS)
+    expected = torch.autograd.grad(y, wide, grad.double() + (1 if with_more else 0))
+    mean, var = ops.gelu_statistics(x, residual)
+    grad_residual, *grads = ops.gelu_norm_backward(
+        grad, more, x, residual, mean, (var + EPS).rsqrt(), weight
+    )
+    # A sum of so many roundings may be off by their root.
+    roomy = torch.float64 if dtype == torch.float64 else torch.float32
+    for actual, wanted in zip(grads, expected[-2:], strict=True):
+        difference = (actual.double() - wanted).abs().max().item()
+        assert difference <= 10 * tolerance(roomy) * size[0] * grad.abs().max().item()
+    close(grad, expected[0], dtype)
+    if with_residual:
+        close(grad_residual, expected[1], dtype)
+    else:
+        assert grad_residual.shape == (0,)
+
+
+def test_what_is_no_number_stays_in_its_place():
+    x = torch.zeros(4, 16)
+    x[1, 2], x[3, 4], x[0, 5] = math.nan, math.inf, -1e30
+    out = ops.gelu_norm(x, None, torch.ones(16), torch.zeros(16))
+    assert out[1, 2].isnan() and out[3, 4] == math.inf and out[0, 5] == 0
+    out[1, 2] = out[3, 4] = 0
+    assert (out == 0).all()
+
+
+def test_sums_do_not_depend_on_the_threads():
+    x, residual, *_ = draw((3000, 64), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        results.append(ops.gelu_statistics(x, residual))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_operators_as_torch_wants_them():
+    x, residual, grad, weight, bias = draw((6, 16), torch.float32)
+    for r in (None, residual):
+        mean, var = ops.gelu_statistics(x, r)
+        torch.library.opcheck(ops.gelu_statistics.default, (x, r))
+        torch.library.opcheck(ops.gelu_norm.default, (x, r, weight, bias))
+        torch.library.opcheck(ops.gelu_norm_.default, (x.clone(), r, weight, bias))
+        torch.library.opcheck(
+            ops.gelu_norm_backward.default,
+            (grad.clone(), None, x, r, mean, var.rsqrt(), weight),
+        )
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    (
+        (dict(x=torch.ones(4, 24)), r'C a multiple of 16, got \[4, 24\]'),
+        (dict(x=torch.ones(16)), r'x must have shape \(N, C\)'),
+        (dict(x=torch.ones(16, 4).mT), 'x must be contiguous'),
+        (dict(residual=torch.ones(3, 16)), r'residual must be .* of shape \[4, 16\]'),
+        (dict(residual=torch.ones(4, 16).half()), 'residual must be contiguous Float'),
+        (dict(scale=torch.ones(15)), r'scale must be contiguous Float of shape \(16\)'),
+        (dict(shift=torch.ones(16).double()), 'shift must be .* got Double'),
+    ),
+)
+def test_wrong_arguments(change, message):
+    arguments = dict(
+        x=torch.ones(4, 16), residual=None, scale=torch.ones(16), shift=torch.ones(16)
+    )
+    with pytest.raises(RuntimeError, match=message):
+        ops.gelu_norm(*(arguments | change).values())
+
+
+def make_layer(dims=16, **norm):
+    torch.manual_seed(0)
+    layer = IRFFN(dims, 4, dict(type='BN', **norm))
+    for norm in (layer.norm1, layer.norm2, layer.norm3):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    return layer
+
+
+def run(layer, x):
+    """Output, gradients and running statistics of a training step, in evaluation mode
+    then the output again."""
+    x = x.detach().clone().requires_grad_()
+    out = layer.train()(x)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    grads = [p.grad for p in layer.parameters()]
+    with torch.no_grad():
+        again = layer.eval()(x)
+    return out.detach(), x.grad, *grads, *layer.buffers(), again
+
+
+@pytest.mark.parametrize('momentum', (0.1, None))
+@pytest.mark.parametrize(
+    'memory_format', (torch.channels_last, torch.contiguous_format)
+)
+@pytest.mark.parametrize('shape', ((2, 16, 5, 7), (1, 16, 12, 11), (3, 16, 1, 1)))
+def test_layer_equals_its_parts(shape, memory_format, momentum):
+    """The plain layers in float64, whose autograd knows nothing of ours."""
+    layer = make_layer(momentum=momentum).double()
+    x = torch.randn(shape, dtype=torch.double).contiguous(memory_format=memory_format)
+    with use_backend('reference'):
+        expected = run(copy.deepcopy(layer), x)
+    for actual, wanted in zip(run(layer, x), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_layer_keeps_two_wide_maps():
+    """Of 4 C channels each: what autograd holds between forward and backward."""
+    layer = make_layer().train()
+    x = torch.randn(1, 16, 32, 32).contiguous(memory_format=torch.channels_last)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x.requires_grad_())
+    narrow = x.numel()  # the inputs of expansion and of the last norm
+    assert 2 * 4 * narrow <= sum(kept.values()) < (2 * 4 + 2.5) * narrow
+
+
+def test_norm_of_gelu_equals_its_parts():
+    norm = nn.BatchNorm2d(32).double()
+    x = torch.randn(2, 32, 6, 5, dtype=torch.double)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, weight, bias: norm_of_gelu(norm, x), (x, norm.weight, norm.bias)
+    )
+    plain = copy.deepcopy(norm).eval()
+    with torch.no_grad():
+        expected = plain(nn.functional.gelu(x))
+        actual = norm_of_gelu(norm.eval(), x.clone())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    'prepare', ('norm_eval', 'frozen', 'group_norm', 'no_statistics')
+)
+def test_other_norms_take_the_plain_way(prepare):
+    """Where statistics are fixed, or a norm is another one, nothing may change."""
+    settings = dict(
+        norm_eval=dict(norm_eval=True),
+        frozen=dict(frozen_stages=2),
+        group_norm=dict(norm_cfg=dict(type='GN', num_groups=4)),
+        no_statistics=dict(norm_cfg=dict(type='BN', track_running_stats=False)),
+    )[prepare]
+    arch = dict(
+        dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 4, 4), stem_dims=16
+    )
+    torch.manual_seed(0)
+    model = DGT(arch, num_groups=4, num_keys=8, **settings).train()
+    images = torch.randn(2, 3, 64, 64)
+    results = []
+    for backend in ('reference', 'auto'):
+        copied = copy.deepcopy(model)
+        with use_backend(backend):
+            outs = copied(images)
+            sum(out.pow(3).sum() for out in outs).backward()
+        grads = [p.grad for p in copied.parameters() if p.grad is not None]
+        results.append([*outs, *grads, *copied.buffers()])
+    for expected, actual in zip(*results, strict=True):
+        scale = expected.abs().max().item() or 1.0
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_one_pixel_has_no_variance():
+    layer = make_layer().train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        layer(torch.randn(1, 16, 1, 1))
+
+
+def test_where_the_kernels_serve():
+    x = torch.ones(1, 16, 2, 2)
+    assert serves(x) and serves(x.bfloat16())
+    assert not serves(torch.ones(1, 24, 2, 2))
+    assert not serves(x.int()) and not serves(x.to('meta')) and not serves(x[:0])
+    with use_backend('reference'):
+        assert not serves(x)
