@@ -85,7 +85,7 @@ def test_tau_follows_the_schedule(tmp_path, mirrored):
     seen = []  # queries and centroids of every iteration
 
     def record(layer, inputs):
-        tokens = inputs[0].detach()
+        tokens = inputs[0].detach().flatten(1, 2)
         query = layer.qkv(tokens)[..., :8].unflatten(-1, (2, 4)).transpose(1, 2)
         seen.append(
             [x.detach().double().numpy().copy() for x in (query, layer.centroids)]
