@@ -34,8 +34,8 @@ def test_three_sizes_need_two_graphs(model, deploy):
 
 
 def test_training_leaves_the_same_gradients_and_sums(model):
-    model.train()
-    image = torch.randn(2, 3, 64, 64)
+    model.double().train()  # eager kernels and compiled code round differently
+    image = torch.randn(2, 3, 64, 64, dtype=torch.double)
     layer = model.stages[0].blocks[0].attention
 
     def step(function):
@@ -48,4 +48,4 @@ def test_training_leaves_the_same_gradients_and_sums(model):
     expected = step(model)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for ours, true in zip(step(compiled), expected, strict=True):
-        torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours, true)

@@ -71,9 +71,9 @@ def serves(x: Tensor) -> bool:
     that a runtime does not know.
     """
     return (
-        x.device.type == 'cpu'
+        not torch.compiler.is_compiling()
+        and x.device.type == 'cpu'
         and functional.fused('gelu_norm', x)
         and x.shape[1] % CHANNEL_STEP == 0
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
     )
