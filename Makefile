@@ -69,7 +69,7 @@ sanitize: $(VENV)/others
 	MMDGT_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --target build/sanitized \
 	  --upgrade .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PYTHONSAFEPATH=1 \
 	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_norm.py
 
 $(DATA): | $(VENV)/mmdgt
