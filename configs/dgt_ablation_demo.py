@@ -71,7 +71,7 @@ train_dataloader = dict(**loader, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(**loader, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-iterations = 300
+iterations = 200
 optim_wrapper = dict(
     optimizer=dict(lr=5e-4),
     paramwise_cfg=dict(custom_keys=dict(relative_position_bias=dict(decay_mult=0.0))),
