@@ -358,8 +358,9 @@ def plot(rows: list[dict], folder: Path, name: str) -> None:
         lines.setdefault(f'{row["model"]} {row["mode"]}', []).append(row)
     for title, lines in pictures.items():
         figure, both = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
-        for axes, what, label in zip(
-            both, ('ms', 'peak_bytes'), ('time, ms', 'peak memory, bytes'), strict=True
+        for axes, what, unit, label in (
+            (both[0], 'ms', 1, 'time, ms'),
+            (both[1], 'peak_bytes', 2**20, 'peak memory, MiB'),
         ):
             for model, measured in lines.items():
                 points = sorted(
@@ -368,7 +369,8 @@ def plot(rows: list[dict], folder: Path, name: str) -> None:
                     if what in row
                 )
                 if points:
-                    axes.loglog(*zip(*points, strict=True), marker='o', label=model)
+                    pixels, values = np.array(points).T
+                    axes.loglog(pixels, values / unit, marker='o', label=model)
                     axes.legend()
             axes.set(xlabel='pixels', ylabel=label)
             axes.grid(alpha=0.3)
