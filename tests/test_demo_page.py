@@ -68,6 +68,8 @@ def url(tiny_models, call_tool, monkeypatch):
     monkeypatch.setattr(
         gradio.Blocks, 'launch', partialmethod(launch, prevent_thread_lock=True)
     )
+    # The server would close the log files that other tests of this process write to.
+    monkeypatch.setattr('logging.config.dictConfig', lambda config: None)
     call_tool('demo_page', *tiny_models['mmseg'], '--port', port)
     yield f'http://127.0.0.1:{port}'
     gradio.close_all()

@@ -75,6 +75,9 @@ def train(cfg: Config) -> dict:
     config, start = fingerprint(cfg), time.perf_counter()
     runner = build_runner(cfg)
     runner.train()
+    for handler in runner.logger.handlers[:]:  # the run's log file among them
+        runner.logger.removeHandler(handler)
+        handler.close()
     return dict(
         config=config,
         seed=cfg.randomness.seed,

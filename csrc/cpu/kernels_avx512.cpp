@@ -4,10 +4,7 @@
 #if defined(__x86_64__)
 MMDGT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "simd_avx512.h"
-#include "product.h"
-#include "routing_kernels.h"
-#include "attention_kernels.h"
-#include "gelu_norm_kernels.h"
+#include "kernel_table.h"
 MMDGT_TARGET_END
 
 namespace mmdgt {
@@ -15,16 +12,7 @@ namespace mmdgt {
 template <class T>
 Kernels<T> avx512_kernels() {
   using V = Avx512;
-  return {assign<V, T>,
-          select<V, T>,
-          attend<V, SinglesLayout<V, T>, T>,
-          attend_backward<V, T>,
-          add_rows<V>,
-          store_rows<V, T>,
-          gelu_statistics<V, T>,
-          gelu_norm<V, T>,
-          gelu_norm_sums<V, T>,
-          gelu_norm_backward<V, T>};
+  return kernel_table<V, V, SinglesLayout<V, T>, T>();
 }
 
 template Kernels<float> avx512_kernels();

@@ -4,10 +4,7 @@
 #if defined(__x86_64__)
 MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "simd_avx512.h"
-#include "product.h"
-#include "routing_kernels.h"
-#include "attention_kernels.h"
-#include "gelu_norm_kernels.h"
+#include "kernel_table.h"
 #include "simd_avx512_bf16.h"
 MMDGT_TARGET_END
 
@@ -16,16 +13,7 @@ namespace mmdgt {
 Kernels<c10::BFloat16> avx512_bf16_kernels() {
   using T = c10::BFloat16;
   using V = Avx512Bf16;
-  return {assign<V, T>,
-          select<V, T>,
-          attend<V, Bf16PairsLayout, T>,
-          attend_backward<V, T>,
-          add_rows<V>,
-          store_rows<V, T>,
-          gelu_statistics<V, T>,
-          gelu_norm<V, T>,
-          gelu_norm_sums<V, T>,
-          gelu_norm_backward<V, T>};
+  return kernel_table<V, V, Bf16PairsLayout, T>();
 }
 
 }  // namespace mmdgt
