@@ -302,21 +302,20 @@ def print_table(rows: list[dict], rivals: list[str]) -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time of the forward pass against L, one line per rival."""
+    """Time of the forward pass against L, a line per rival, data type and draw."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
+    lines = {}
+    for row in rows:
+        if row['pass'] == 'forward' and 'us' in row:
+            label = f'{row["rival"]}, {row["dtype"]}, {row["draw"]}'
+            lines.setdefault(label, []).append((row['L'], row['us']))
     figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
-    for rival in dict.fromkeys(row['rival'] for row in rows):
-        points = sorted(
-            (row['L'], row['us'])
-            for row in rows
-            if row['rival'] == rival and row['pass'] == 'forward' and 'us' in row
-        )
-        if points:
-            axes.loglog(*zip(*points, strict=True), marker='o', label=rival)
+    for label, points in lines.items():
+        axes.loglog(*zip(*sorted(points), strict=True), marker='o', label=label)
     axes.set(xlabel='tokens L', ylabel='forward pass, µs')
     axes.grid(alpha=0.3)
     axes.legend()
