@@ -124,19 +124,17 @@ def _join_group(store, rank):
     )
 
 
+TINY_ARCH = dict(
+    _delete_=True,
+    dims=(16, 32, 64, 64),
+    depths=(1, 1, 2, 1),
+    num_heads=(2, 2, 4, 4),
+    stem_dims=8,
+)
 TINY_MODEL = """
 _base_ = '{configs}/{base}.py'
 model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            dims=(16, 32, 64, 64),
-            depths=(1, 1, 2, 1),
-            num_heads=(2, 2, 4, 4),
-            stem_dims=8,
-        ),
-        num_keys=20,
-    ),
+    backbone=dict(arch={arch}, num_keys=20),
     {heads}
 )
 """
@@ -160,7 +158,9 @@ def tiny_models(tmp_path_factory):
     for base, heads in TINY_HEADS.items():
         file = tmp_path_factory.mktemp('tiny') / f'{base}.py'
         configs = REPOSITORY / 'configs'
-        file.write_text(TINY_MODEL.format(configs=configs, base=base, heads=heads))
+        file.write_text(
+            TINY_MODEL.format(configs=configs, base=base, arch=TINY_ARCH, heads=heads)
+        )
         cfg = Config.fromfile(file)
         predictor = Predictor(cfg, None, 'cpu')
         meta = dict(dataset_meta=predictor.metainfo)  # as the Runner stores it

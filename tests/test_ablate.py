@@ -4,23 +4,15 @@ import json
 import statistics
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_ARCH, TINY_HEADS
 
 pytest.importorskip('mmpretrain')
 
 CONFIG = """
 _base_ = '{repository}/configs/dgt_ablation_demo.py'
 model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            dims=(16, 32, 64, 64),
-            depths=(1, 1, 2, 1),
-            num_heads=(2, 2, 4, 4),
-            stem_dims=8,
-        )
-    ),
-    head=dict(in_channels=64, mid_channels=[32]),
+    backbone=dict(arch={arch}),
+    {head}
 )
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline={pipeline}))
 val_dataloader = dict(dataset=dict(pipeline={pipeline}))
@@ -35,7 +27,14 @@ PIPELINE = [
 @pytest.fixture
 def ablate(demo_data, tmp_path, call_tool):
     config = tmp_path / 'tiny.py'
-    config.write_text(CONFIG.format(repository=REPOSITORY, pipeline=PIPELINE))
+    config.write_text(
+        CONFIG.format(
+            repository=REPOSITORY,
+            arch=TINY_ARCH,
+            head=TINY_HEADS['dgt_t_demo'],
+            pipeline=PIPELINE,
+        )
+    )
 
     def run(*variants):
         call_tool(

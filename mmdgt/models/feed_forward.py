@@ -29,7 +29,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution, (B, C, H, W) -> (B, out_channels, H, W).
 
     The libraries of convolutions bring its weights into an order of their own
-    whenever it is called. With fewer pixels than channels that is most of the work,
+    whenever it is called. With few pixels for the channels that is most of the work,
     which a linear layer does not have.
     """
     if not _is_linear(x, weight):
@@ -114,6 +114,11 @@ class _Statistics:
         self.scale = self.weight * self.inverse_std
         self.shift = bias - self.mean * self.scale
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What gradients need: for the operator, then to compute the output again."""
+        return self.mean, self.inverse_std, self.weight, self.scale, self.shift
+
 
 def _record(norm: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics, as a batch norm does in training."""
@@ -189,18 +194,7 @@ class _Mix(torch.autograd.Function):
         norm2 = _Statistics(_rows(z), y, weight2, bias2, eps2)
         y = ops.gelu_norm(_rows(z), y, norm2.scale, norm2.shift)
         out = pointwise(_shaped(y, x), reducer, reducer_bias)
-        norms = [
-            number
-            for norm in (norm1, norm2)
-            for number in (
-                norm.mean,
-                norm.inverse_std,
-                norm.weight,
-                norm.scale,
-                norm.shift,
-            )
-        ]
-        ctx.save_for_backward(x, z, mixer, reducer, *norms)
+        ctx.save_for_backward(x, z, mixer, reducer, *norm1.kept, *norm2.kept)
         statistics = (norm1.mean, norm1.var, norm2.mean, norm2.var)
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
