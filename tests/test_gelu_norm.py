@@ -55,7 +55,10 @@ def test_forward(size, dtype, with_residual):
     x, residual, _, weight, bias = draw(size, dtype)
     residual = residual if with_residual else None
     s = activation(x, residual)
-    mean, var = ops.gelu_statistics(x, residual)
+    place = residual.clone() if with_residual else None
+    mean, var = ops.gelu_statistics(x, place)
+    if with_residual:
+        close(place, s, dtype)
     assert mean.dtype == var.dtype == weight.dtype
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     close(mean, s.mean(0), exact)
@@ -71,37 +74,51 @@ def test_variance_keeps_its_digits_beside_a_large_mean():
     x, residual, *_ = draw((5000, 16), torch.float32)
     residual += 1e4  # 1 part in 1e3 of its square's rounding is the variance
     s = activation(x, residual)
-    _, var = ops.gelu_statistics(x, residual)
+    _, var = ops.gelu_statistics(x, residual.clone())
     torch.testing.assert_close(var.double(), s.var(0, correction=0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize('with_more', (False, True))
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('size', SIZES[1:])
+def test_sums_of_gradients(size, dtype, with_more):
+    x, more, grad, weight, bias = draw(size, dtype)
+    more = more if with_more else None
+    added = grad + more if with_more else grad.clone()
+    affine = [t.double().requires_grad_() for t in (weight, bias)]
+    s = activation(x, None)
+    y = nn.functional.batch_norm(s, None, None, *affine, training=True, eps=EPS)
+    expected_weight, expected_bias = torch.autograd.grad(y, affine, added.double())
+    mean, var = ops.gelu_statistics(x, None)
+    total, product = ops.gelu_norm_sums(grad, more, x, mean)
+    torch.testing.assert_close(grad, added, rtol=0, atol=0)
+    # A sum of so many roundings may be off by their root.
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    room = 10 * tolerance(exact) * size[0] * added.abs().max().item()
+    if with_more:  # is rounded where it is stored
+        room += torch.finfo(dtype).eps * added.double().abs().sum(0).max().item()
+    for actual, expected in (
+        (total, expected_bias),
+        (product * (var + EPS).rsqrt(), expected_weight),
+    ):
+        assert (actual.double() - expected).abs().max().item() <= room
+
+
 @pytest.mark.parametrize('with_residual', (False, True))
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('size', SIZES[1:])
-def test_backward(size, dtype, with_residual, with_more):
-    x, residual, grad, weight, bias = draw(size, dtype)
-    residual = residual if with_residual else None
-    more = torch.ones_like(grad) if with_more else None
-    inputs = [x, *([residual] if with_residual else []), weight, bias]
-    wide = [t.double().requires_grad_() for t in inputs]
-    s = activation(wide[0], wide[1] if with_residual else None)
-    y = nn.functional.batch_norm(s, None, None, *wide[-2:], training=True, eps=EPS)
-    expected = torch.autograd.grad(y, wide, grad.double() + (1 if with_more else 0))
-    mean, var = ops.gelu_statistics(x, residual)
-    grad_residual, *grads = ops.gelu_norm_backward(
-        grad, more, x, residual, mean, (var + EPS).rsqrt(), weight
-    )
-    # A sum of so many roundings may be off by their root.
-    roomy = torch.float64 if dtype == torch.float64 else torch.float32
-    for actual, wanted in zip(grads, expected[-2:], strict=True):
-        difference = (actual.double() - wanted).abs().max().item()
-        assert difference <= 10 * tolerance(roomy) * size[0] * grad.abs().max().item()
-    close(grad, expected[0], dtype)
+def test_gradient_of_the_rows(size, dtype, with_residual):
+    x, residual, grad, weight, _ = draw(size, dtype)
+    s = activation(x, residual if with_residual else None)
+    scale, slope, shift = ((weight * (1 + i)).contiguous() for i in range(3))
+    grad_s = scale.double() * grad.double() + slope.double() * s + shift.double()
+    wide = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(activation(wide, None), wide, grad_s)
+    place = s.to(dtype) if with_residual else None
+    ops.gelu_norm_backward_(grad, x, place, scale, slope, shift)
+    close(grad, expected, dtype)
     if with_residual:
-        close(grad_residual, expected[1], dtype)
-    else:
-        assert grad_residual.shape == (0,)
+        close(place, grad_s, dtype)
 
 
 def test_what_is_no_number_stays_in_its_place():
@@ -119,7 +136,7 @@ def test_sums_do_not_depend_on_the_threads():
     results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(ops.gelu_statistics(x, residual))
+        results.append(ops.gelu_statistics(x, residual.clone()))
     torch.set_num_threads(threads)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
@@ -128,13 +145,16 @@ def test_sums_do_not_depend_on_the_threads():
 def test_operators_as_torch_wants_them():
     x, residual, grad, weight, bias = draw((6, 16), torch.float32)
     for r in (None, residual):
-        mean, var = ops.gelu_statistics(x, r)
-        torch.library.opcheck(ops.gelu_statistics.default, (x, r))
+        place = None if r is None else r.clone()
+        torch.library.opcheck(ops.gelu_statistics.default, (x, place))
         torch.library.opcheck(ops.gelu_norm.default, (x, r, weight, bias))
         torch.library.opcheck(ops.gelu_norm_.default, (x.clone(), r, weight, bias))
         torch.library.opcheck(
-            ops.gelu_norm_backward.default,
-            (grad.clone(), None, x, r, mean, var.rsqrt(), weight),
+            ops.gelu_norm_sums.default, (grad.clone(), r, x, bias)
+        )
+        torch.library.opcheck(
+            ops.gelu_norm_backward_.default,
+            (grad.clone(), x, place, weight, bias, bias),
         )
 
 

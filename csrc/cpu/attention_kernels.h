@@ -23,10 +23,16 @@ constexpr int64_t kAhead = 16;
 template <class T>
 MMDGT_INLINE void prefetch_row(Rows<const T> from, const int32_t* index, int64_t place,
                                int64_t count, int64_t length) {
-  if (place >= count) return;
-  const char* row = reinterpret_cast<const char*>(from[index[place]]);
-  const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+  if (place < count) prefetch(from[index[place]], length);
+}
+
+// The rows of the block that starts there.
+template <class T>
+MMDGT_INLINE void prefetch_rows(Rows<const T> from, const int32_t* index, int64_t first,
+                                int64_t count, int64_t length) {
+  for (int64_t i = 0; i < kQueryBlock; ++i) {
+    prefetch_row(from, index, first + i, count, length);
+  }
 }
 
 // How operands are laid out for Singles: in the working type, one number each.
@@ -150,6 +156,7 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
   Scalar* maxima = scratch.take<Scalar>(kQueryBlock * V::kWidth);
   Scalar* shifts = scratch.take<Scalar>(kQueryBlock);
 
+  prefetch_rows(task.query, task.tokens, 0, task.num_queries, head_dim);
   pack_transposed<V, Layout>(task.key, task.index, num_keys, head_dim, depth, key, keys,
                              query);
   Layout::pack_values(task.value, task.index, num_keys, value, head_dim, columns);
@@ -172,6 +179,7 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
     const int64_t count = std::min(kQueryBlock, task.num_queries - first);
     const int64_t rows = round_up(count, V::kTileRows);
     const int32_t* tokens = task.tokens + first;
+    prefetch_rows(task.query, task.tokens, first + kQueryBlock, task.num_queries, head_dim);
     bool bounded = finite;
     for (int64_t i = 0; i < rows; ++i) {
       Scalar* row = query + i * depth;
@@ -304,6 +312,9 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
     const int64_t count = std::min(kQueryBlock, task.num_queries - first);
     const int64_t rows = round_up(count, V::kTileRows);
     const int32_t* tokens = task.tokens + first;
+    for (const auto& next : {task.query, task.grad_out, task.out}) {
+      prefetch_rows(next, task.tokens, first + kQueryBlock, task.num_queries, head_dim);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int32_t token = tokens[std::min(i, count - 1)];  // repeat the last
       copy_row<V>(task.query[token], query + i * columns, head_dim, columns);

@@ -20,10 +20,6 @@ constexpr int64_t kTaskNumbers = 32768;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::ScalarType accumulate_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 void check_rows(const at::Tensor& x, const char* name, const at::Tensor& first) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.sizes() == first.sizes() &&
                   x.scalar_type() == first.scalar_type(),
@@ -75,8 +71,8 @@ class Tasks {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), \
                                   NAME, __VA_ARGS__)
 
-std::tuple<at::Tensor, at::Tensor> gelu_statistics_cpu(const at::Tensor& x,
-                                                       const OptionalTensor& residual) {
+std::tuple<at::Tensor, at::Tensor> gelu_statistics_cpu(
+    const at::Tensor& x, const OptionalTensor& residual) {
   check_input(x, residual);
   const int64_t channels = x.size(1);
   auto mean = at::zeros({channels}, x.options().dtype(at::kDouble));
@@ -89,9 +85,12 @@ std::tuple<at::Tensor, at::Tensor> gelu_statistics_cpu(const at::Tensor& x,
     auto parts =
         at::empty({tasks.count(), 2, channels}, x.options().dtype(accumulate_type(x)));
     sum_t* part = parts.mutable_data_ptr<sum_t>();
+    scalar_t* place = residual ? residual->mutable_data_ptr<scalar_t>() : nullptr;
     parallel_tasks(tasks.count(), [&](int64_t task, Scratch& scratch) {
       sum_t* to = part + task * 2 * channels;
-      kernels<scalar_t>().gelu_statistics(tasks[task], to, to + channels, scratch);
+      kernels<scalar_t>().gelu_statistics(tasks[task],
+                                          place ? place + tasks.first(task) : nullptr, to,
+                                          to + channels, scratch);
     });
     // Chan, Golub and LeVeque: means and squared deviations of disjoint samples.
     double rows = 0;
@@ -139,54 +138,59 @@ void gelu_norm_in_place_cpu(at::Tensor& x, const OptionalTensor& residual,
   gelu_norm_into(x, residual, scale, shift, x);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_norm_backward_cpu(
-    at::Tensor& grad, const OptionalTensor& more, const at::Tensor& x,
-    const OptionalTensor& residual, const at::Tensor& mean, const at::Tensor& inverse_std,
-    const at::Tensor& weight) {
-  check_input(x, residual);
+std::tuple<at::Tensor, at::Tensor> gelu_norm_sums_cpu(at::Tensor& grad,
+                                                      const OptionalTensor& more,
+                                                      const at::Tensor& x,
+                                                      const at::Tensor& mean) {
+  check_input(x, std::nullopt);
   check_rows(grad, "grad", x);
   if (more) check_rows(*more, "more", x);
   check_channels(mean, "mean", x);
-  check_channels(inverse_std, "inverse_std", x);
-  check_channels(weight, "weight", x);
   const int64_t channels = x.size(1);
-  auto grad_residual = residual ? at::empty_like(x) : at::empty({0}, x.options());
-  at::Tensor grad_weight, grad_bias;
-  MMDGT_DISPATCH(x, "gelu_norm_backward", [&] {
+  auto sums = at::empty({0}, mean.options());
+  MMDGT_DISPATCH(x, "gelu_norm_sums", [&] {
     using sum_t = accumulate_t<scalar_t>;
-    const Tasks<scalar_t> tasks(x, residual);
+    const Tasks<scalar_t> tasks(x, std::nullopt);
     auto parts = at::empty({tasks.count(), 2, channels}, mean.options());
     sum_t* part = parts.mutable_data_ptr<sum_t>();
     const sum_t* center = mean.const_data_ptr<sum_t>();
     scalar_t* gradient = grad.mutable_data_ptr<scalar_t>();
     const scalar_t* summand = more ? more->const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* to = residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
     parallel_tasks(tasks.count(), [&](int64_t task, Scratch&) {
       const int64_t first = tasks.first(task);
-      sum_t* sums = part + task * 2 * channels;
+      sum_t* to = part + task * 2 * channels;
       kernels<scalar_t>().gelu_norm_sums(tasks[task], gradient + first,
-                                         summand ? summand + first : nullptr, center,
-                                         sums, sums + channels);
+                                         summand ? summand + first : nullptr, center, to,
+                                         to + channels);
     });
-    const auto sums = parts.sum(0, false, at::kDouble).to(mean.scalar_type());
-    grad_bias = sums.select(0, 0).contiguous();
-    grad_weight = sums.select(0, 1) * inverse_std;
-    // y = weight * n + bias with n = (s - mean) * inverse_std, of which the mean over
-    // the rows is 0 and that of the square 1 (but for eps), whatever s. So
-    // ds = weight * inverse_std * (dy - mean(dy) - n * mean(dy * n)).
-    const auto scale = weight * inverse_std;
-    const auto slope = scale * inverse_std * grad_weight / -x.size(0);
-    const auto shift = scale * grad_bias / -x.size(0) - slope * mean;
-    const sum_t* a = scale.template const_data_ptr<sum_t>();
-    const sum_t* b = slope.template const_data_ptr<sum_t>();
-    const sum_t* c = shift.template const_data_ptr<sum_t>();
+    sums = parts.sum(0, false, at::kDouble).to(mean.scalar_type());
+  });
+  return {sums.select(0, 0).clone(), sums.select(0, 1).clone()};
+}
+
+void gelu_norm_backward_cpu(at::Tensor& grad, const at::Tensor& x, const OptionalTensor& s,
+                            const at::Tensor& scale, const at::Tensor& slope,
+                            const at::Tensor& shift) {
+  check_input(x, std::nullopt);
+  check_rows(grad, "grad", x);
+  if (s) check_rows(*s, "s", x);
+  check_channels(scale, "scale", x);
+  check_channels(slope, "slope", x);
+  check_channels(shift, "shift", x);
+  MMDGT_DISPATCH(x, "gelu_norm_backward", [&] {
+    using sum_t = accumulate_t<scalar_t>;
+    const Tasks<scalar_t> tasks(x, std::nullopt);
+    const sum_t* a = scale.const_data_ptr<sum_t>();
+    const sum_t* b = slope.const_data_ptr<sum_t>();
+    const sum_t* c = shift.const_data_ptr<sum_t>();
+    scalar_t* gradient = grad.mutable_data_ptr<scalar_t>();
+    scalar_t* sum = s ? s->mutable_data_ptr<scalar_t>() : nullptr;
     parallel_tasks(tasks.count(), [&](int64_t task, Scratch&) {
       const int64_t first = tasks.first(task);
       kernels<scalar_t>().gelu_norm_backward(tasks[task], a, b, c, gradient + first,
-                                             to ? to + first : nullptr);
+                                             sum ? sum + first : nullptr);
     });
   });
-  return {grad_residual, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -195,7 +199,8 @@ TORCH_LIBRARY_IMPL(mmdgt, CPU, library) {
   library.impl("gelu_statistics", gelu_statistics_cpu);
   library.impl("gelu_norm", gelu_norm_cpu);
   library.impl("gelu_norm_", gelu_norm_in_place_cpu);
-  library.impl("gelu_norm_backward", gelu_norm_backward_cpu);
+  library.impl("gelu_norm_sums", gelu_norm_sums_cpu);
+  library.impl("gelu_norm_backward_", gelu_norm_backward_cpu);
 }
 
 }  // namespace mmdgt

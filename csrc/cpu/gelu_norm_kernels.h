@@ -53,10 +53,11 @@ MMDGT_INLINE typename V::Reg activation(const GeluRows<T>& rows, int64_t place) 
   return rows.residual ? gelu + V::load(rows.residual + place) : gelu;
 }
 
-// The mean of s over the rows, and the sum of squared deviations from it. The first
-// row is taken from all before they are summed, which keeps the digits of a large mean.
+// The mean of s over the rows, and the sum of squared deviations from it; s itself
+// into `sum`, unless null. The first row is taken from all before they are summed,
+// which keeps the digits of a large mean.
 template <class V, class T>
-void gelu_statistics(const GeluRows<T>& rows, accumulate_t<T>* mean,
+void gelu_statistics(const GeluRows<T>& rows, T* sum, accumulate_t<T>* mean,
                      accumulate_t<T>* deviation, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   const int64_t channels = rows.channels;
@@ -67,17 +68,19 @@ void gelu_statistics(const GeluRows<T>& rows, accumulate_t<T>* mean,
     V::store(mean + c, V::zero());
     V::store(deviation + c, V::zero());
   }
-  for (int64_t row = 1; row < rows.count; ++row) {
+  for (int64_t row = 0; row < rows.count; ++row) {
     for (int64_t c = 0; c < channels; c += V::kWidth) {
-      const auto s = activation<V>(rows, row * channels + c) - V::load(shift + c);
-      V::store(mean + c, V::load(mean + c) + s);
-      V::store(deviation + c, V::fmadd(s, s, V::load(deviation + c)));
+      const auto s = activation<V>(rows, row * channels + c);
+      if (sum) V::store(sum + row * channels + c, s);
+      const auto apart = s - V::load(shift + c);
+      V::store(mean + c, V::load(mean + c) + apart);
+      V::store(deviation + c, V::fmadd(apart, apart, V::load(deviation + c)));
     }
   }
   const auto share = V::broadcast(Scalar(1) / static_cast<Scalar>(rows.count));
   for (int64_t c = 0; c < channels; c += V::kWidth) {
-    const auto sum = V::load(mean + c), average = sum * share;
-    V::store(deviation + c, V::max(V::zero(), V::load(deviation + c) - sum * average));
+    const auto total = V::load(mean + c), average = total * share;
+    V::store(deviation + c, V::max(V::zero(), V::load(deviation + c) - total * average));
     V::store(mean + c, V::load(shift + c) + average);
   }
 }
@@ -120,24 +123,22 @@ void gelu_norm_sums(const GeluRows<T>& rows, T* grad, const T* more,
   }
 }
 
-// The gradient of s is scale * grad + slope * s + shift, channel by channel. It is the
-// residual's too, to be stored unless null; that of x follows from it and takes grad's
-// place.
+// The gradient of s, scale * grad + slope * s + shift channel by channel, takes the
+// place of `sum`, which holds s; null if s is GELU(x). That of x takes grad's place.
 template <class V, class T>
 void gelu_norm_backward(const GeluRows<T>& rows, const accumulate_t<T>* scale,
                         const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                        T* grad, T* grad_residual) {
+                        T* grad, T* sum) {
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
       const int64_t place = first + c;
       const auto x = V::load(rows.x + place);
       const auto at = normal<V>(x);
-      auto s = x * at.cdf;
-      if (rows.residual) s = s + V::load(rows.residual + place);
+      const auto s = sum ? V::load(sum + place) : x * at.cdf;
       const auto rest = V::fmadd(s, V::load(slope + c), V::load(shift + c));
       const auto grad_s = V::fmadd(V::load(grad + place), V::load(scale + c), rest);
-      if (grad_residual) V::store(grad_residual + place, grad_s);
+      if (sum) V::store(sum + place, grad_s);
       V::store(grad + place, grad_s * V::fmadd(x, at.density, at.cdf));
     }
   }

@@ -113,10 +113,6 @@ class Inputs {
   const int32_t* order_;
 };
 
-at::ScalarType accumulate_type(const at::Tensor& query) {
-  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {

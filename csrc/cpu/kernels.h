@@ -107,7 +107,7 @@ struct Kernels {
               Rows<accumulate_t<T>> to, int64_t head_dim);
   // (count, D) numbers into rows of D.
   void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count, int64_t head_dim);
-  void (*gelu_statistics)(const GeluRows<T>&, accumulate_t<T>* mean,
+  void (*gelu_statistics)(const GeluRows<T>&, T* sum, accumulate_t<T>* mean,
                           accumulate_t<T>* deviation, Scratch&);
   void (*gelu_norm)(const GeluRows<T>&, const accumulate_t<T>* scale,
                     const accumulate_t<T>* shift, T* out);
@@ -116,7 +116,7 @@ struct Kernels {
                          accumulate_t<T>* product);
   void (*gelu_norm_backward)(const GeluRows<T>&, const accumulate_t<T>* scale,
                              const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                             T* grad, T* grad_residual);
+                             T* grad, T* sum);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

@@ -102,6 +102,13 @@ struct StoreTile {
   }
 };
 
+// Asks for a row that will be read soon.
+template <class T>
+MMDGT_INLINE void prefetch(const T* row, int64_t length) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (size_t i = 0; i < length * sizeof(T); i += 64) __builtin_prefetch(bytes + i);
+}
+
 // Copies a row of stored numbers into the working type, zeros up to `padded`.
 template <class V, class T>
 MMDGT_INLINE void copy_row(const T* from, typename V::Scalar* to, int64_t length,

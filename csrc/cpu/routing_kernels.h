@@ -18,9 +18,12 @@ class Scorer {
            ((width + kScoredTokens) * depth + width * depth + kScoredTokens * width);
   }
 
-  Scorer(Rows<const T> tokens, const float* centroids, int64_t groups, int64_t head_dim,
-         Scratch& scratch)
-      : tokens_(tokens), head_dim_(head_dim), width_(round_up(groups, V::kWidth)) {
+  Scorer(Rows<const T> tokens, int64_t count, const float* centroids, int64_t groups,
+         int64_t head_dim, Scratch& scratch)
+      : tokens_(tokens),
+        count_(count),
+        head_dim_(head_dim),
+        width_(round_up(groups, V::kWidth)) {
     const int64_t depth = padded_depth(head_dim);
     float* rows = scratch.take<float>(width_ * depth);
     for (int64_t g = 0; g < width_; ++g) {
@@ -38,8 +41,9 @@ class Scorer {
   MMDGT_INLINE void score(int64_t first, int64_t stride, int64_t count) {
     // Copies even of float32: rows far apart would be waited for one by one.
     for (int64_t i = 0; i < count; ++i) {
-      copy_row<V>(tokens_[first + i * stride], rows_ + i * head_dim_, head_dim_,
-                  head_dim_);
+      const int64_t token = first + i * stride;
+      prefetch(tokens_[std::min(token + kScoredTokens * stride, count_ - 1)], head_dim_);
+      copy_row<V>(tokens_[token], rows_ + i * head_dim_, head_dim_, head_dim_);
     }
     product<V, Singles<V>>(Left<float>{rows_, head_dim_, 1},
                            Right<float>{centroids_, width_},
@@ -56,7 +60,7 @@ class Scorer {
   static int64_t padded_depth(int64_t head_dim) { return round_up(head_dim, V::kWidth); }
 
   Rows<const T> tokens_;
-  int64_t head_dim_, width_;
+  int64_t count_, head_dim_, width_;
   float *centroids_, *rows_, *scores_;  // (D, width), (tokens, D), (tokens, width)
 };
 
@@ -87,7 +91,8 @@ MMDGT_INLINE int32_t first_maximum(const float* scores, int64_t width) {
 template <class V, class T>
 void assign(const AssignTask<T>& task, Scratch& scratch) {
   scratch.start(Scorer<V, T>::scratch_bytes(task.groups, task.head_dim));
-  Scorer<V, T> scorer(task.query, task.centroids, task.groups, task.head_dim, scratch);
+  Scorer<V, T> scorer(task.query, task.tokens, task.centroids, task.groups, task.head_dim,
+                      scratch);
   const int64_t head_dim = task.head_dim;
   for (int64_t first = 0; first < task.tokens; first += kScoredTokens) {
     const int64_t count = std::min(kScoredTokens, task.tokens - first);
@@ -255,7 +260,7 @@ void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
                 2 * padded * width * sizeof(float) +
                 tokens * (sizeof(uint32_t) + sizeof(int32_t)) +
                 wanted * sizeof(uint64_t));
-  Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
+  Scorer<V, T> scorer(task.key, tokens, task.centroids, groups, task.head_dim, scratch);
   float* scores = scratch.take<float>(padded * width);      // (tokens, groups)
   float* transposed = scratch.take<float>(width * padded);  // (groups, tokens)
   uint32_t* bits = scratch.take<uint32_t>(tokens);
@@ -294,7 +299,7 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
                 groups * capacity * (sizeof(uint32_t) + sizeof(int32_t)) +
                 wanted * sizeof(uint64_t) + (1 + samples) * width * sizeof(float));
-  Scorer<V, T> scorer(task.key, task.centroids, groups, task.head_dim, scratch);
+  Scorer<V, T> scorer(task.key, tokens, task.centroids, groups, task.head_dim, scratch);
   uint32_t* bits = scratch.take<uint32_t>(groups * capacity);
   int32_t* places = scratch.take<int32_t>(groups * capacity);
   uint64_t* work = scratch.take<uint64_t>(wanted);

@@ -11,6 +11,11 @@
 
 namespace mmdgt {
 
+// accumulate_t as PyTorch names it.
+inline at::ScalarType accumulate_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 template <class T>
 class Slices {
  public:

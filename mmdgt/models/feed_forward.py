@@ -1,5 +1,7 @@
 """The feed-forward network of a DGT block, and what it shares with the stem."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -99,25 +101,37 @@ def _evaluate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     return x
 
 
-class _Statistics:
-    """A batch norm of rows: what training knows of it.
+class _Norm(NamedTuple):
+    """A batch norm of rows in training, ``scale * s + shift``, (C,) each."""
 
-    Args:
-        x, residual (Tensor): (N, C), see :mod:`mmdgt.ops.gelu_norm`.
-        weight, bias (Tensor): (C,).
-    """
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+    inverse_std: Tensor
+    scale: Tensor
+    shift: Tensor
 
-    def __init__(self, x, residual, weight, bias, eps) -> None:
-        self.weight, bias = _wide(x, weight, bias)
-        self.mean, self.var = ops.gelu_statistics(x, residual)
-        self.inverse_std = (self.var + eps).rsqrt()
-        self.scale = self.weight * self.inverse_std
-        self.shift = bias - self.mean * self.scale
+    @classmethod
+    def of(cls, x, residual, weight, bias, eps) -> '_Norm':
+        """That of ``s = GELU(x) + residual``, (N, C); the residual becomes s."""
+        weight, bias = _wide(x, weight, bias)
+        mean, var = ops.gelu_statistics(x, residual)
+        inverse_std = (var + eps).rsqrt()
+        scale = weight * inverse_std
+        return cls(weight, mean, var, inverse_std, scale, bias - mean * scale)
 
-    @property
-    def kept(self) -> tuple[Tensor, ...]:
-        """What gradients need: for the operator, then to compute the output again."""
-        return self.mean, self.inverse_std, self.weight, self.scale, self.shift
+    def backward(self, total, product, count) -> tuple[list[Tensor], list[Tensor]]:
+        """From the sums over the rows of dy, y's gradient, and of ``dy * (s - mean)``.
+
+        Returns the gradients of weight and bias, and the slope and the shift of
+        ``ds = scale * dy + slope * s + shift``: ``n = (s - mean) * inverse_std`` has,
+        but for eps, the mean 0 and the mean square 1 whatever s, so
+        ``ds = scale * (dy - mean(dy) - n * mean(dy * n))``.
+        """
+        grad_weight = product * self.inverse_std
+        slope = self.scale * self.inverse_std * grad_weight / -count
+        shift = self.scale * total / -count - slope * self.mean
+        return [grad_weight, total], [slope, shift]
 
 
 def _record(norm: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
@@ -139,8 +153,8 @@ class _GeluNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         rows = _rows(x)
-        norm = _Statistics(rows, None, weight, bias, eps)
-        ctx.save_for_backward(x, norm.mean, norm.inverse_std, norm.weight)
+        norm = _Norm.of(rows, None, weight, bias, eps)
+        ctx.save_for_backward(x, *norm)
         ctx.mark_non_differentiable(norm.mean, norm.var)
         out = ops.gelu_norm(rows, None, norm.scale, norm.shift)
         return _shaped(out, x), norm.mean, norm.var
@@ -148,12 +162,20 @@ class _GeluNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        x, mean, inverse_std, weight = ctx.saved_tensors
+        x, *numbers = ctx.saved_tensors
         grad_x = grad.clone(memory_format=torch.channels_last)
-        _, *grads = ops.gelu_norm_backward(
-            _rows(grad_x), None, _rows(x), None, mean, inverse_std, weight
-        )
+        grads = _gelu_norm_backward(_rows(grad_x), None, _rows(x), _Norm(*numbers))
         return grad_x, *grads, None
+
+
+def _gelu_norm_backward(
+    grad: Tensor, more: Tensor | None, x: Tensor, norm: _Norm
+) -> list[Tensor]:
+    """Put the gradient of x into grad, or grad + more; those of weight and bias."""
+    sums = ops.gelu_norm_sums(grad, more, x, norm.mean)
+    grads, (slope, shift) = norm.backward(*sums, x.shape[0])
+    ops.gelu_norm_backward_(grad, x, None, norm.scale, slope, shift)
+    return grads
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -181,20 +203,20 @@ class _Mix(torch.autograd.Function):
 
     Autograd would keep six maps of the expanded channels: before and after each GELU
     and each norm. This keeps two, the inputs of the GELUs, and computes the others
-    again.
+    again. The second norm is never applied to a map: scale and shift go into the 1x1
+    convolution behind it.
     """
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, eps1, *others):
         mixer, mixer_bias, weight2, bias2, eps2, reducer, reducer_bias = others
         rows = _rows(x)
-        norm1 = _Statistics(rows, None, weight1, bias1, eps1)
+        norm1 = _Norm.of(rows, None, weight1, bias1, eps1)
         y = ops.gelu_norm(rows, None, norm1.scale, norm1.shift)
         z = F.conv2d(_shaped(y, x), mixer, mixer_bias, padding=1, groups=x.shape[1])
-        norm2 = _Statistics(_rows(z), y, weight2, bias2, eps2)
-        y = ops.gelu_norm(_rows(z), y, norm2.scale, norm2.shift)
-        out = pointwise(_shaped(y, x), reducer, reducer_bias)
-        ctx.save_for_backward(x, z, mixer, reducer, *norm1.kept, *norm2.kept)
+        norm2 = _Norm.of(_rows(z), y, weight2, bias2, eps2)  # y is s now
+        out = pointwise(_shaped(y, x), *_behind(norm2, reducer, reducer_bias))
+        ctx.save_for_backward(x, z, mixer, reducer, reducer_bias, *norm1, *norm2)
         statistics = (norm1.mean, norm1.var, norm2.mean, norm2.var)
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -202,24 +224,50 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        x, z, mixer, reducer, *numbers = ctx.saved_tensors
-        *norm1, scale1, shift1 = numbers[:5]
-        *norm2, scale2, shift2 = numbers[5:]
-        y = ops.gelu_norm(_rows(x), None, scale1, shift1)
-        reduced = ops.gelu_norm(_rows(z), y, scale2, shift2)
-        grad_z, *grads_reducer = _convolution_backward(
-            grad, _shaped(reduced, x), reducer
-        )
-        del reduced
-        # In its place the gradient of z; that of y has a second part.
-        grad_y, *grads2 = ops.gelu_norm_backward(
-            _rows(grad_z), None, _rows(z), y, *norm2
-        )
+        x, z, mixer, reducer, reducer_bias, *numbers = ctx.saved_tensors
+        half = len(numbers) // 2
+        norm1, norm2 = _Norm(*numbers[:half]), _Norm(*numbers[half:])
+        one, zero = torch.ones_like(norm2.scale), torch.zeros_like(norm2.shift)
+        y = ops.gelu_norm(_rows(x), None, norm1.scale, norm1.shift)
+        s = ops.gelu_norm(_rows(z), y, one, zero)
+
+        folded, _ = _behind(norm2, reducer, reducer_bias)
+        grad_z, *grads = _convolution_backward(grad, _shaped(s, x), folded)
+        grads_reducer, sums = _before(norm2, reducer, *grads)
+        grads2, (slope, shift) = norm2.backward(*sums, s.shape[0])
+        ops.gelu_norm_backward_(_rows(grad_z), _rows(z), s, one, slope, shift)
+
+        # s is now its own gradient, a part of y's.
         more, *grads_mixer = _convolution_backward(grad_z, _shaped(y, x), mixer)
         del grad_z, y
-        _, *grads1 = ops.gelu_norm_backward(grad_y, _rows(more), _rows(x), None, *norm1)
-        grad_x = _shaped(grad_y, x)
+        grads1 = _gelu_norm_backward(s, _rows(more), _rows(x), norm1)
+        grad_x = _shaped(s, x)
         return grad_x, *grads1, None, *grads_mixer, *grads2, None, *grads_reducer
+
+
+def _behind(norm: _Norm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (out, C, 1, 1) and bias of a convolution of s that is one of the norm."""
+    rows, wide_bias = _wide(weight, weight.flatten(1), bias)
+    folded = (rows * norm.scale).to(weight.dtype).view_as(weight)
+    return folded, (wide_bias + rows @ norm.shift).to(bias.dtype)
+
+
+def _before(
+    norm: _Norm, weight: Tensor, grad_folded: Tensor, grad_bias: Tensor
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """From the gradients of a folded convolution those of the one behind the norm.
+
+    And the sums for :meth:`_Norm.backward`, without a look at the maps: with g the
+    convolution's gradient, ``dy = g @ weight`` and ``grad_folded = g.T @ s``.
+    """
+    rows, grad_rows, summed = _wide(
+        weight, weight.flatten(1), grad_folded.flatten(1), grad_bias
+    )
+    grad_weight = grad_rows * norm.scale + summed.outer(norm.shift)
+    total = summed @ rows
+    product = (rows * grad_rows).sum(0) - norm.mean * total
+    grads = [grad_weight.to(weight.dtype).view_as(weight), grad_bias]
+    return grads, (total, product)
 
 
 def _convolution_backward(

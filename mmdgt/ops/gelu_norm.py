@@ -2,16 +2,21 @@
 
 With ``s = GELU(x) + residual`` over rows of channels, (N, C) each:
 
-- ``gelu_statistics`` returns the mean and the biased variance of s, (C,) each.
+- ``gelu_statistics`` returns the mean and the biased variance of s, (C,) each. The
+  residual, if there is one, becomes s.
 - ``gelu_norm`` returns ``scale * s + shift``, ``gelu_norm_`` puts it into x.
-- ``gelu_norm_backward`` takes the gradient of ``weight * (s - mean) * inverse_std +
-  bias``, or that and ``more`` to be added to it, puts the gradient of x in its place
-  and returns those of the residual, weight and bias. The first of them is empty if
-  there is no residual.
 
-Nothing but x and the residual has to be kept for it: s is cheaper to compute again
-than to read from memory. C must be a multiple of 16; numbers by channel are float32,
-float64 with float64 rows.
+And back, for ``y = scale * s + shift`` whose scale and shift come from s's statistics:
+
+- ``gelu_norm_sums`` returns the sums over the rows of grad, y's gradient, and of
+  ``grad * (s - mean)``, (C,) each, of an s without a residual. If there is ``more``, it
+  is added to grad first.
+- ``gelu_norm_backward_`` puts ``scale * grad + slope * s + shift``, the gradient of s,
+  into s, and that of x into grad. Without an s it is GELU(x).
+
+Nothing but the inputs of the GELUs has to be kept for that: s is cheaper to compute
+again than to read from memory. C must be a multiple of 16; numbers by channel are
+float32, float64 with float64 rows.
 """
 
 import torch
@@ -38,7 +43,7 @@ def _by_channel(x: Tensor) -> Tensor:
 
 _define(
     'gelu_statistics',
-    '(Tensor x, Tensor? residual) -> (Tensor mean, Tensor var)',
+    '(Tensor x, Tensor(a!)? residual) -> (Tensor mean, Tensor var)',
     lambda x, residual: (_by_channel(x), _by_channel(x)),
 )
 _define(
@@ -52,15 +57,16 @@ _define(
     lambda x, residual, scale, shift: None,
 )
 _define(
-    'gelu_norm_backward',
-    '(Tensor(a!) grad, Tensor? more, Tensor x, Tensor? residual, Tensor mean,'
-    ' Tensor inverse_std, Tensor weight)'
-    ' -> (Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)',
-    lambda grad, more, x, residual, *_: (
-        x.new_empty(0) if residual is None else torch.empty_like(x),
-        _by_channel(x),
-        _by_channel(x),
-    ),
+    'gelu_norm_sums',
+    '(Tensor(a!) grad, Tensor? more, Tensor x, Tensor mean)'
+    ' -> (Tensor sum, Tensor product)',
+    lambda grad, more, x, mean: (_by_channel(x), _by_channel(x)),
+)
+_define(
+    'gelu_norm_backward_',
+    '(Tensor(a!) grad, Tensor x, Tensor(b!)? s, Tensor scale, Tensor slope,'
+    ' Tensor shift) -> ()',
+    lambda *_: None,
 )
 
 
