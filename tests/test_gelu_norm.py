@@ -149,9 +149,7 @@ def test_operators_as_torch_wants_them():
         torch.library.opcheck(ops.gelu_statistics.default, (x, place))
         torch.library.opcheck(ops.gelu_norm.default, (x, r, weight, bias))
         torch.library.opcheck(ops.gelu_norm_.default, (x.clone(), r, weight, bias))
-        torch.library.opcheck(
-            ops.gelu_norm_sums.default, (grad.clone(), r, x, bias)
-        )
+        torch.library.opcheck(ops.gelu_norm_sums.default, (grad.clone(), r, x, bias))
         torch.library.opcheck(
             ops.gelu_norm_backward_.default,
             (grad.clone(), x, place, weight, bias, bias),

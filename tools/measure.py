@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Variables of the environment that change times.
+SETTINGS = ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE')
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
@@ -70,6 +74,7 @@ def summary(times: list[float], unit: str, per_second: float) -> dict:
 def machine(device: str) -> dict:
     """What was measured on, and with which versions."""
     info = {'platform': platform.platform(), 'torch': torch.__version__}
+    info |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
     if device == 'cuda':
         properties = torch.cuda.get_device_properties(0)
         info |= {

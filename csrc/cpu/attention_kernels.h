@@ -179,7 +179,8 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
     const int64_t count = std::min(kQueryBlock, task.num_queries - first);
     const int64_t rows = round_up(count, V::kTileRows);
     const int32_t* tokens = task.tokens + first;
-    prefetch_rows(task.query, task.tokens, first + kQueryBlock, task.num_queries, head_dim);
+    prefetch_rows(task.query, task.tokens, first + kQueryBlock, task.num_queries,
+                  head_dim);
     bool bounded = finite;
     for (int64_t i = 0; i < rows; ++i) {
       Scalar* row = query + i * depth;

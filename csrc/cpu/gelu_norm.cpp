@@ -71,8 +71,8 @@ class Tasks {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), \
                                   NAME, __VA_ARGS__)
 
-std::tuple<at::Tensor, at::Tensor> gelu_statistics_cpu(
-    const at::Tensor& x, const OptionalTensor& residual) {
+std::tuple<at::Tensor, at::Tensor> gelu_statistics_cpu(const at::Tensor& x,
+                                                       const OptionalTensor& residual) {
   check_input(x, residual);
   const int64_t channels = x.size(1);
   auto mean = at::zeros({channels}, x.options().dtype(at::kDouble));
@@ -168,9 +168,9 @@ std::tuple<at::Tensor, at::Tensor> gelu_norm_sums_cpu(at::Tensor& grad,
   return {sums.select(0, 0).clone(), sums.select(0, 1).clone()};
 }
 
-void gelu_norm_backward_cpu(at::Tensor& grad, const at::Tensor& x, const OptionalTensor& s,
-                            const at::Tensor& scale, const at::Tensor& slope,
-                            const at::Tensor& shift) {
+void gelu_norm_backward_cpu(at::Tensor& grad, const at::Tensor& x,
+                            const OptionalTensor& s, const at::Tensor& scale,
+                            const at::Tensor& slope, const at::Tensor& shift) {
   check_input(x, std::nullopt);
   check_rows(grad, "grad", x);
   if (s) check_rows(*s, "s", x);

@@ -43,6 +43,9 @@ struct Bf16PairsLayout {
                           float* to, int64_t length, int64_t padded) {
     const __m256i zero = _mm256_setzero_si256();
     for (int64_t i = 0; i < num_keys; i += 2) {
+      for (int64_t next = i + kAhead; next < i + kAhead + 2; ++next) {
+        prefetch_row(value, index, next, num_keys, length);
+      }
       const T* even = value[index[i]];
       const T* odd = i + 1 < num_keys ? value[index[i + 1]] : nullptr;
       for (int64_t d = 0; d < padded; d += 16) {
