@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mmdgt.models.dgt import DGT
-from mmdgt.models.feed_forward import IRFFN, norm_of_gelu
+from mmdgt.models.feed_forward import IRFFN
+from mmdgt.models.gelu_norm import norm_of_gelu
 from mmdgt.ops import use_backend
 from mmdgt.ops.gelu_norm import ops, serves
 

@@ -449,6 +449,62 @@ def test_clear_errors():
         assert message in str(caught.value)
 
 
+def test_inputs_farther_apart_than_two_to_the_31_elements():
+    """Of the storage hardly a page is touched."""
+    size = (2, 1, 61, 32, 5, 7)
+    near = make_tokens(size, torch.bfloat16, 'contiguous')
+    step = 2**25
+    storage = torch.empty(2 * 62 * step, dtype=torch.bfloat16)
+    q, k, v = far = [
+        storage[32 * i :].as_strided(size[:4], (62 * step, step, step, 1))
+        for i in range(3)
+    ]
+    for x, there in zip(near, far, strict=True):
+        there.copy_(x)
+    centroids = make_centroids(size)
+    for here, there in zip(
+        ops.assign_queries(near[0], centroids, True),
+        ops.assign_queries(q, centroids, True),
+        strict=True,
+    ):
+        assert torch.equal(here, there)
+    index = ops.select_keys(near[1], centroids, 7, True)
+    assert torch.equal(index, ops.select_keys(k, centroids, 7, True))
+    group, _ = make_choice(size)
+    outputs = ops.group_attention(*near, group, index, 0.2)
+    for here, there in zip(
+        outputs, ops.group_attention(q, k, v, group, index, 0.2), strict=True
+    ):
+        assert torch.equal(here, there)
+    for here, there in zip(
+        ops.group_attention_backward(near[0], *near, group, index, *outputs, 0.2),
+        ops.group_attention_backward(q, q, k, v, group, index, *outputs, 0.2),
+        strict=True,
+    ):
+        assert torch.equal(here, there)
+
+
+@pytest.mark.skipif(
+    os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') < 8 << 30
+    or 'MMDGT_TEST_ISA' in os.environ,
+    reason='needs 8 GB of memory, once',
+)
+def test_more_than_two_to_the_31_elements():
+    B, H, L, D, G, K = 34, 2, 2**20, 32, 1, 3
+    assert B * H * L * D > 2**31
+    image = torch.randn(1, H, L, D, dtype=torch.bfloat16)
+    images = image.expand(B, -1, -1, -1)
+    centroids = make_centroids((1, H, L, D, G, K))
+    group = ops.assign_queries(images, centroids, False)[0]
+    index = ops.select_keys(images, centroids, K, False)
+    outputs = ops.group_attention(images, images, images, group, index, 0.2)
+    own = ops.select_keys(image, centroids, K, False)
+    expected = ops.group_attention(image, image, image, group[:1], own, 0.2)
+    assert torch.equal(index[-1:], own)
+    for whole, alone in zip(outputs, expected, strict=True):
+        assert torch.equal(whole[:1], alone) and torch.equal(whole[-1:], alone)
+
+
 @pytest.mark.skipif('MMDGT_TEST_ISA' in os.environ, reason='this is that run')
 @pytest.mark.parametrize('isa', ('default', 'avx2', 'avx512'))
 def test_every_instruction_set(isa):

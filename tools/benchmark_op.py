@@ -4,7 +4,8 @@
 
 All rivals read the same tensors, views of one (B, L, 3, H, D) projection, and take
 turns, so that a change of clocks meets them all. Times are medians per call. On the
-GPU calls are replayed as CUDA graphs over several buffers where that works.
+GPU calls are replayed as CUDA graphs over several buffers where that works. Memory is
+what one call adds to the inputs at its peak, on the CPU in a process of its own.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import memory
 import torch
 import torch.nn.functional as F
 from measure import in_turns, machine, print_columns, save, summary
@@ -238,13 +240,12 @@ def captured(calls: list[Callable]) -> Callable[[], Any]:
     return graph.replay
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Memory beyond the inputs that one call needs at its peak."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
+def peak_of(rival: str, shape: Shape, draw: str, dtype: str, which: str) -> int:
+    """The bytes beyond inputs that a call takes on the CPU, in a fresh process."""
+    x = draw_inputs(shape, draw, getattr(torch, dtype), 'cpu', seed=0)
+    call = make_call(RIVALS.get(rival) or PARTS[rival], x, which)
+    call()  # what libraries set up once does not count
+    return memory.added_bytes(call, 'cpu')
 
 
 def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
@@ -274,8 +275,11 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
             calls[0]()
             timed[rival] = calls[0]
             if args.device == 'cuda':
-                row['peak_bytes'] = peak_bytes(calls[0])
+                row['peak_bytes'] = memory.added_bytes(calls[0], 'cuda')
                 timed[rival] = captured(calls)
+            elif args.memory:
+                case = rival, shape, draw, dtype, which
+                row['peak_bytes'] = memory.in_fresh_process(peak_of, *case)
         except Exception as error:
             timed.pop(rival, None)
             row['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
@@ -288,17 +292,18 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
 
 
 def print_table(rows: list[dict], rivals: list[str]) -> None:
-    """One line per set, draw, type and pass; microseconds of every rival."""
+    """One line per set, draw, type and pass; microseconds and MiB of every rival."""
     lines = {}
     for row in rows:
         key = (row['set'], row['draw'], row['dtype'], row['pass'])
-        lines.setdefault(key, {})[row['rival']] = row.get('us')
+        cell = f'{row["us"]:.1f}' if 'us' in row else '-'
+        if 'peak_bytes' in row:
+            cell += f' / {row["peak_bytes"] / 2**20:.1f}'
+        lines.setdefault(key, {})[row['rival']] = cell
     header = ['set', 'draw', 'dtype', 'pass', *rivals]
-    table = [header] + [
-        [*key, *('-' if (t := cells.get(r)) is None else f'{t:.1f}' for r in rivals)]
-        for key, cells in lines.items()
-    ]
-    print_columns(table)
+    body = [[*key, *(x.get(r, '-') for r in rivals)] for key, x in lines.items()]
+    print('µs / MiB')
+    print_columns([header, *body])
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -356,6 +361,7 @@ def main() -> None:
         default=0.5,
         help='seconds after which a slow rival stops',
     )
+    parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument('--out', type=Path, help='folder of the JSON and the plot')
     parser.add_argument('--name', default='op')
     args = parser.parse_args()

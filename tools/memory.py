@@ -18,36 +18,39 @@ def resident_bytes(what: str) -> int:
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))
 
 
-def peak_bytes(
-    model: nn.Module, call: Callable[[], Any], device: str, times: int = 1
-) -> int:
-    """Weights, and what calls add to this process, which must have run nothing else.
+def added_bytes(call: Callable[[], Any], device: str, times: int = 1) -> int:
+    """What calls add at their peak to this process, which had better be a fresh one.
 
     What ran before leaves the allocator in another state: after a model of 4 GiB,
     ResNet-50's peak was 953 instead of 692 MiB.
 
     Args:
-        model (nn.Module): Whose weights and buffers count.
-        call (Callable): Runs the model once.
+        call (Callable): What to measure.
         device (str): 'cpu', where resident memory counts, or 'cuda', where what
             PyTorch allocated does.
         times (int): How often to call.
     """
     if device == 'cpu':
-        ctypes.CDLL(None).malloc_trim(0)  # what building has freed
+        ctypes.CDLL(None).malloc_trim(0)  # what is free
         before = resident_bytes('VmRSS')
         Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     else:
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     for _ in range(times):
         call()
     if device == 'cpu':
-        peak = resident_bytes('VmHWM')
-    else:
-        peak = torch.cuda.max_memory_allocated()
+        return resident_bytes('VmHWM') - before
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_bytes(
+    model: nn.Module, call: Callable[[], Any], device: str, times: int = 1
+) -> int:
+    """Weights and buffers of a model, and what calls of it add."""
     weights = itertools.chain(model.parameters(), model.buffers())
-    return peak - before + sum(x.nbytes for x in weights)
+    return added_bytes(call, device, times) + sum(x.nbytes for x in weights)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
 from .deploy import Affine, fold_sum
-from .feed_forward import IRFFN, feature_map, norm_of_gelu, tokens
+from .feed_forward import IRFFN
+from .gelu_norm import norm_of_gelu
+from .layout import feature_map, tokens
 from .mixers import build_token_mixer
 from .pretrained import strict_init
 
