@@ -303,7 +303,50 @@ def test_benchmark_of_training(benchmark_model):
     assert not any('error' in row for row in result['results'])
 
 
-def test_benchmark_of_what_is_unknown(run_tool):
-    result = run_tool('benchmark_model.py', '--models', 'dgt_x', check=False)
+def test_benchmark_of_the_operators(run_tool, tmp_path):
+    rivals = ['fused', 'eager', 'group_loop', 'dense']
+    out = run_tool(
+        'benchmark_op.py',
+        *('--sets', '', '--lengths', '400,512', '--dtypes', 'float32'),
+        *('--draws', 'one', '--passes', 'forward,both', '--rivals', ','.join(rivals)),
+        *('--rounds', 1, '--device', 'cpu', '--no-memory', '--out', tmp_path),
+    ).stdout
+    rows = json.loads((tmp_path / 'op.json').read_text())['results']
+    assert [(row['L'], row['pass'], row['rival']) for row in rows] == [
+        (length, which, rival)
+        for length in (400, 512)
+        for which in ('forward', 'both')
+        for rival in rivals
+    ]
+    lines = [line.split() for line in out.splitlines()]
+    table = [line for line in lines if line and line[0] in ('L400', 'L512')]
+    shown = [float(time) for line in table for time in line[4:]]
+    assert shown == [pytest.approx(row['us'], abs=0.06) for row in rows]
+    assert (tmp_path / 'op.png').is_file()
+
+
+def test_peak_memory_of_a_call(tools):
+    memory = tools('memory')
+    added = memory.in_fresh_process(memory.added_bytes, make_and_drop, 'cpu', 2)
+    # Two of three are there at a time, and the second call adds nothing.
+    assert 2 * NUMBERS * 4 <= added < 2.2 * NUMBERS * 4
+
+
+NUMBERS = 10_000_000
+
+
+def make_and_drop():
+    first = torch.ones(NUMBERS)
+    del first
+    second, third = torch.ones(NUMBERS), torch.ones(NUMBERS)
+    return second.shape == third.shape
+
+
+@pytest.mark.parametrize(
+    ('tool', 'option', 'first'),
+    (('benchmark_model.py', '--models', 'dgt_t'), ('benchmark_op.py', '--sets', 'A')),
+)
+def test_benchmark_of_what_is_unknown(run_tool, tool, option, first):
+    result = run_tool(tool, option, f'{first},dgt_x', check=False)
     assert result.returncode
-    assert 'dgt_x: choose from dgt_t, ' in result.stderr
+    assert f'dgt_x: choose from {first}, ' in result.stderr

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import memory
 import numpy as np
 import torch
-from measure import in_turns, machine, print_columns, save, summary
+from measure import add_words, in_turns, machine, print_columns, save, summary
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
@@ -387,18 +387,7 @@ def main() -> None:
     """Measure what the command line asks for."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-
-    def choice(name: str, known: Any, default: str) -> None:
-        def words(text: str) -> list[str]:
-            unknown = set(text.split(',')) - set(known)
-            if unknown:
-                raise argparse.ArgumentTypeError(
-                    f'{", ".join(sorted(unknown))}: choose from {", ".join(known)}'
-                )
-            return text.split(',')
-
-        parser.add_argument(name, type=words, default=default, help=', '.join(known))
-
+    choice = functools.partial(add_words, parser)
     choice('--tasks', SAMPLES, 'backbone')
     choice('--models', BACKBONES, 'dgt_t,swin_t,timm_swin_t,convnext_t')
     choice('--modes', MODES, 'eager')

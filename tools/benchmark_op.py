@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import memory
 import torch
 import torch.nn.functional as F
-from measure import in_turns, machine, print_columns, save, summary
+from measure import add_words, in_turns, machine, print_columns, save, summary
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -331,28 +331,18 @@ def main() -> None:
     """Measure what the command line asks for."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words = functools.partial(str.split, sep=',')
-    parser.add_argument('--sets', type=words, default=['A', 'A3', 'B', 'B3', 'C', 'C3'])
+    choice = functools.partial(add_words, parser)
+    choice('--sets', SETS, 'A,A3,B,B3,C,C3')
     parser.add_argument(
         '--lengths',
-        type=words,
+        type=lambda text: [int(length) for length in text.split(',')],
         default=[],
         help='further sets: L of B = 2, H = 2, K = 392; with them comes a plot',
     )
-    parser.add_argument('--draws', type=words, default=['random', 'skewed', 'one'])
-    parser.add_argument('--dtypes', type=words, default=['bfloat16'])
-    parser.add_argument(
-        '--passes',
-        type=words,
-        default=['forward', 'backward'],
-        help='forward, backward, both',
-    )
-    parser.add_argument(
-        '--rivals',
-        type=words,
-        default=['fused', 'dense_flash', 'dense_cudnn', 'stock', 'eager'],
-        help=', '.join([*RIVALS, *PARTS]),
-    )
+    choice('--draws', ('random', 'skewed', 'one'), 'random,skewed,one')
+    choice('--dtypes', ('bfloat16', 'float16', 'float32', 'float64'), 'bfloat16')
+    choice('--passes', ('forward', 'backward', 'both'), 'forward,backward')
+    choice('--rivals', [*RIVALS, *PARTS], 'fused,dense_flash,dense_cudnn,stock,eager')
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument(
@@ -366,8 +356,8 @@ def main() -> None:
     parser.add_argument('--name', default='op')
     args = parser.parse_args()
 
-    sets = {name: SETS[name] for name in args.sets if name}
-    sets |= {f'L{n}': Shape(2, 2, int(n), 392) for n in args.lengths}
+    sets = {name: SETS[name] for name in args.sets}
+    sets |= {f'L{n}': Shape(2, 2, n, 392) for n in args.lengths}
     rows = []
     # Backward passes run where their forward passes ran, and the default stream
     # cannot be captured.

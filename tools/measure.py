@@ -1,5 +1,6 @@
 """What the benchmarks share: times taken in turns, the machine, tables and files."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -7,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ import torch
 
 # Variables of the environment that change times.
 SETTINGS = ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE')
+
+
+def add_words(
+    parser: argparse.ArgumentParser, name: str, known: Collection[str], default: str
+) -> None:
+    """An argument that takes some of the known words, with commas between them."""
+
+    def words(text: str) -> list[str]:
+        found = [word for word in text.split(',') if word]
+        unknown = sorted(set(found) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f'{", ".join(unknown)}: choose from {", ".join(known)}'
+            )
+        return found
+
+    parser.add_argument(name, type=words, default=default, help=', '.join(known))
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
