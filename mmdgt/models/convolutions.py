@@ -35,6 +35,11 @@ class PointwiseConv(nn.Conv2d):
         return pointwise(x, self.weight, self.bias)
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A padded depth-wise 3x3 convolution, (B, C, H, W) -> (B, C, H, W)."""
+    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+
+
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

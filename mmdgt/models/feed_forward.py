@@ -1,13 +1,12 @@
 """The feed-forward network of a DGT block."""
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.gelu_norm import ops
-from .convolutions import PointwiseConv, convolution_backward, pointwise
+from .convolutions import PointwiseConv, convolution_backward, depthwise, pointwise
 from .deploy import Affine, fold_norms
 from .gelu_norm import (
     Norm,
@@ -25,8 +24,8 @@ class _Mix(torch.autograd.Function):
     """Everything in the IRFFN between its expansion and its last norm.
 
     Autograd would keep six maps of the expanded channels: before and after each GELU
-    and each norm. This keeps two, the inputs of the GELUs, and computes the others
-    again. The second norm is never applied to a map: scale and shift go into the 1x1
+    and each norm. This keeps the first and computes the others again, as cheap as they
+    are. The second norm is never applied to a map: scale and shift go into the 1x1
     convolution behind it.
     """
 
@@ -35,10 +34,11 @@ class _Mix(torch.autograd.Function):
         mixer, mixer_bias, weight2, bias2, eps2, reducer, reducer_bias = others
         norm1 = Norm.of(rows(x), None, weight1, bias1, eps1)
         y = ops.gelu_norm(rows(x), None, norm1.scale, norm1.shift)
-        z = F.conv2d(shaped(y, x), mixer, mixer_bias, padding=1, groups=x.shape[1])
+        z = depthwise(shaped(y, x), mixer, mixer_bias)
         norm2 = Norm.of(rows(z), y, weight2, bias2, eps2)  # y is s now
         out = pointwise(shaped(y, x), *_behind(norm2, reducer, reducer_bias))
-        ctx.save_for_backward(x, z, mixer, reducer, reducer_bias, *norm1, *norm2)
+        weights = mixer, mixer_bias, reducer, reducer_bias
+        ctx.save_for_backward(x, *weights, *norm1, *norm2)
         statistics = (norm1.mean, norm1.var, norm2.mean, norm2.var)
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -46,11 +46,12 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        x, z, mixer, reducer, reducer_bias, *numbers = ctx.saved_tensors
+        x, mixer, mixer_bias, reducer, reducer_bias, *numbers = ctx.saved_tensors
         half = len(numbers) // 2
         norm1, norm2 = Norm(*numbers[:half]), Norm(*numbers[half:])
         one, zero = torch.ones_like(norm2.scale), torch.zeros_like(norm2.shift)
         y = ops.gelu_norm(rows(x), None, norm1.scale, norm1.shift)
+        z = depthwise(shaped(y, x), mixer, mixer_bias)
         s = ops.gelu_norm(rows(z), y, one, zero)
 
         folded, _ = _behind(norm2, reducer, reducer_bias)
@@ -58,6 +59,7 @@ class _Mix(torch.autograd.Function):
         grads_reducer, sums = _before(norm2, reducer, *grads)
         grads2, (slope, shift) = norm2.backward(*sums, s.shape[0])
         ops.gelu_norm_backward_(rows(grad_z), rows(z), s, one, slope, shift)
+        del z
 
         # s is now its own gradient, a part of y's.
         more, *grads_mixer = convolution_backward(grad_z, shaped(y, x), mixer)
