@@ -419,12 +419,17 @@ def write_csv(file: Path, results: dict[str, list[Row]]) -> None:
             writer.writerows([title, *cells(row)] for row in rows)
 
 
+def family(row: Row) -> str:
+    """A backbone's name less its size."""
+    return re.sub(r'-[^-]+$|\d+$', '', row.name)
+
+
 def plot(file: Path, results: dict[str, list[Row]]) -> None:
     """FLOPs as bars, what is published as rings; below, where timed, time by FLOPs."""
     import matplotlib
 
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     timed = any(row.milliseconds for rows in results.values() for row in rows)
     figure, axes = pyplot.subplots(
@@ -448,21 +453,24 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
         for label in ax.get_yticklabels():
             label.set_weight('bold' if label.get_text().startswith('DGT') else 'normal')
     ax.legend()
+    every = itertools.chain(*results.values())
+    families = list(dict.fromkeys(family(row) for row in every if row.milliseconds))
     for ax, rows in zip(axes[1:].flat, results.values(), strict=timed):
-        families = {}
-        for row in rows:
-            family = re.sub(r'-[^-]+$|\d+$', '', row.name)  # less its size
-            if row.milliseconds:
-                families.setdefault(family, []).append(row)
-        for index, (family, members) in enumerate(families.items()):
-            ax.plot(
+        for index, name in enumerate(families):
+            members = [r for r in rows if r.milliseconds and family(r) == name]
+            if not members:
+                continue
+            ax.semilogy(
                 [row.flops_here for row in members],
                 [row.milliseconds / 1e3 for row in members],
                 marker='osv^<>DXP*ph'[index % 12],
-                label=family,
-                color='k' if family == 'DGT' else None,
-                linewidth=3 if family == 'DGT' else 1,
+                label=name,
+                color='k' if name == 'DGT' else f'C{index}',
+                linewidth=3 if name == 'DGT' else 1,
             )
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.minorticks_off()
         ax.set(xlabel='FLOPs (G)', ylabel='time (s)')
         ax.legend(fontsize='small')
     figure.savefig(file, dpi=80)
