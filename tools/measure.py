@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+TURN = 0.02  # seconds, about the least that a turn lasts
 # Variables of the environment that change times.
 SETTINGS = ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE')
 
@@ -54,15 +56,18 @@ def in_turns(
 ) -> dict[Any, list[float]]:
     """Time calls that take turns, so that a change of clocks meets them all.
 
+    A short call is repeated within its turn, or what the one before left in caches
+    and allocators would be most of its time.
+
     Args:
         calls (dict): Name to call, warmed up.
         device (str): 'cpu' or 'cuda'.
-        rounds (int): Times that every call is timed at most.
+        rounds (int): Turns that every call takes at most.
         budget (float): Seconds after which a slow call stops, yet not before its
-            third time.
+            third turn.
 
     Returns:
-        dict: Name to its times in seconds, ascending.
+        dict: Name to its times in seconds, each the mean of a turn, ascending.
     """
     once = {
         name: min(seconds(call, device) for _ in range(2))
@@ -71,12 +76,20 @@ def in_turns(
     turns = {
         name: int(min(rounds, max(3, budget / spent))) for name, spent in once.items()
     }
+    repeats = {name: max(1, round(TURN / spent)) for name, spent in once.items()}
     times = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             if turn < turns[name]:
-                times[name].append(seconds(call, device))
+                again = functools.partial(repeat, call, repeats[name])
+                times[name].append(seconds(again, device) / repeats[name])
     return {name: sorted(taken) for name, taken in times.items()}
+
+
+def repeat(call: Callable[[], Any], times: int) -> None:
+    """Call one time after the other."""
+    for _ in range(times):
+        call()
 
 
 def summary(times: list[float], unit: str, per_second: float) -> dict:
