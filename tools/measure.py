@@ -63,8 +63,8 @@ def in_turns(
         calls (dict): Name to call, warmed up.
         device (str): 'cpu' or 'cuda'.
         rounds (int): Turns that every call takes at most.
-        budget (float): Seconds after which a slow call stops, yet not before its
-            third turn.
+        budget (float): Seconds after which a call stops, yet not before its third
+            turn.
 
     Returns:
         dict: Name to its times in seconds, each the mean of a turn, ascending.
@@ -73,10 +73,11 @@ def in_turns(
         name: min(seconds(call, device) for _ in range(2))
         for name, call in calls.items()
     }
-    turns = {
-        name: int(min(rounds, max(3, budget / spent))) for name, spent in once.items()
-    }
     repeats = {name: max(1, round(TURN / spent)) for name, spent in once.items()}
+    turns = {
+        name: int(min(rounds, max(3, budget / (spent * repeats[name]))))
+        for name, spent in once.items()
+    }
     times = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
