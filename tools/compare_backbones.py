@@ -460,7 +460,7 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
             members = [r for r in rows if r.milliseconds and family(r) == name]
             if not members:
                 continue
-            ax.semilogy(
+            ax.plot(
                 [row.flops_here for row in members],
                 [row.milliseconds / 1e3 for row in members],
                 marker='osv^<>DXP*ph'[index % 12],
@@ -468,6 +468,7 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
                 color='k' if name == 'DGT' else f'C{index}',
                 linewidth=3 if name == 'DGT' else 1,
             )
+        ax.set_yscale('log')
         ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
         ax.yaxis.set_major_formatter('{x:g}')
         ax.minorticks_off()
