@@ -21,8 +21,7 @@ SOURCES := setup.py $(KERNELS)
 # stall whenever another process takes one of them.
 export GOMP_SPINCOUNT := 20000
 
-# Large tensors in large pages. Without it a training step on the CPU waits for some
-# 60,000 small ones, which the system hands out anew every time.
+# Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
 .PHONY: train train-classification train-detection test lint gpu-check sanitize clean

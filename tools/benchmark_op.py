@@ -3,9 +3,10 @@
     python tools/benchmark_op.py --sets A,B,C --draws random,one --out docs/benchmarks
 
 All rivals read the same tensors, views of one (B, L, 3, H, D) projection, and take
-turns, so that a change of clocks meets them all. Times are medians per call. On the
-GPU calls are replayed as CUDA graphs over several buffers where that works. Memory is
-what one call adds to the inputs at its peak, on the CPU in a process of its own.
+turns, so that a change of clocks meets them all. Times are medians per call, of turns
+that repeat a short call. On the GPU calls are replayed as CUDA graphs over several
+buffers where that works. Memory is what one call adds to the inputs at its peak, on the
+CPU in a process of its own.
 """
 
 import argparse
@@ -205,6 +206,9 @@ PARTS = {
 }
 
 
+CALLS = RIVALS | PARTS
+
+
 def make_call(run: Callable, x: Inputs, which: str) -> Callable[[], Any]:
     """What to time: the forward pass, the backward pass alone, or both."""
     if which == 'forward':
@@ -243,7 +247,7 @@ def captured(calls: list[Callable]) -> Callable[[], Any]:
 def peak_of(rival: str, shape: Shape, draw: str, dtype: str, which: str) -> int:
     """The bytes beyond inputs that a call takes on the CPU, in a fresh process."""
     x = draw_inputs(shape, draw, getattr(torch, dtype), 'cpu', seed=0)
-    call = make_call(RIVALS.get(rival) or PARTS[rival], x, which)
+    call = make_call(CALLS[rival], x, which)
     call()  # what libraries set up once does not count
     return memory.added_bytes(call, 'cpu')
 
@@ -258,7 +262,7 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
     inputs = [draw_inputs(shape, draw, kind, args.device, s) for s in range(buffers)]
     rows, timed = [], {}
     for rival in args.rivals:
-        run = RIVALS.get(rival) or PARTS[rival]
+        run = CALLS[rival]
         if rival in PARTS and which != 'forward':
             continue
         row = dict(
@@ -342,7 +346,7 @@ def main() -> None:
     choice('--draws', ('random', 'skewed', 'one'), 'random,skewed,one')
     choice('--dtypes', ('bfloat16', 'float16', 'float32', 'float64'), 'bfloat16')
     choice('--passes', ('forward', 'backward', 'both'), 'forward,backward')
-    choice('--rivals', [*RIVALS, *PARTS], 'fused,dense_flash,dense_cudnn,stock,eager')
+    choice('--rivals', CALLS, 'fused,dense_flash,dense_cudnn,stock,eager')
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument(

@@ -36,9 +36,9 @@ class _Mix(torch.autograd.Function):
         y = ops.gelu_norm(rows(x), None, norm1.scale, norm1.shift)
         z = depthwise(shaped(y, x), mixer, mixer_bias)
         norm2 = Norm.of(rows(z), y, weight2, bias2, eps2)  # y is s now
-        out = pointwise(shaped(y, x), *_behind(norm2, reducer, reducer_bias))
-        weights = mixer, mixer_bias, reducer, reducer_bias
-        ctx.save_for_backward(x, *weights, *norm1, *norm2)
+        bias = _bias_behind(norm2, reducer, reducer_bias)
+        out = pointwise(shaped(y, x), _behind(norm2, reducer), bias)
+        ctx.save_for_backward(x, mixer, mixer_bias, reducer, *norm1, *norm2)
         statistics = (norm1.mean, norm1.var, norm2.mean, norm2.var)
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -46,7 +46,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        x, mixer, mixer_bias, reducer, reducer_bias, *numbers = ctx.saved_tensors
+        x, mixer, mixer_bias, reducer, *numbers = ctx.saved_tensors
         half = len(numbers) // 2
         norm1, norm2 = Norm(*numbers[:half]), Norm(*numbers[half:])
         one, zero = torch.ones_like(norm2.scale), torch.zeros_like(norm2.shift)
@@ -54,7 +54,7 @@ class _Mix(torch.autograd.Function):
         z = depthwise(shaped(y, x), mixer, mixer_bias)
         s = ops.gelu_norm(rows(z), y, one, zero)
 
-        folded, _ = _behind(norm2, reducer, reducer_bias)
+        folded = _behind(norm2, reducer)
         grad_z, *grads = convolution_backward(grad, shaped(s, x), folded)
         grads_reducer, sums = _before(norm2, reducer, *grads)
         grads2, (slope, shift) = norm2.backward(*sums, s.shape[0])
@@ -69,11 +69,16 @@ class _Mix(torch.autograd.Function):
         return grad_x, *grads1, None, *grads_mixer, *grads2, None, *grads_reducer
 
 
-def _behind(norm: Norm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (out, C, 1, 1) and bias of a convolution of s that is one of the norm."""
+def _behind(norm: Norm, weight: Tensor) -> Tensor:
+    """Weight (out, C, 1, 1) of a convolution of s that is one of the norm."""
+    (matrix,) = wide(weight, weight.flatten(1))
+    return (matrix * norm.scale).to(weight.dtype).view_as(weight)
+
+
+def _bias_behind(norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+    """The bias of that convolution."""
     matrix, summand = wide(weight, weight.flatten(1), bias)
-    folded = (matrix * norm.scale).to(weight.dtype).view_as(weight)
-    return folded, (summand + matrix @ norm.shift).to(bias.dtype)
+    return (summand + matrix @ norm.shift).to(bias.dtype)
 
 
 def _before(
