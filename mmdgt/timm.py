@@ -22,11 +22,11 @@ from timm.layers import (
 )
 from timm.models import (
     build_model_with_cfg,
-    feature_take_indices,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
 )
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import models
