@@ -158,7 +158,7 @@ def test_checkpoints_change_no_gradient_and_no_statistic():
         model.load_state_dict(start)
         model.set_grad_checkpointing(enable)
         recomputed = []
-        model.stages[2].blocks[1].ffn.register_forward_hook(
+        model.stages[2].blocks[1].ffn.register_forward_pre_hook(
             lambda *_, seen=recomputed: seen.append(1)
         )
         model(x).square().sum().backward()
@@ -188,12 +188,14 @@ def test_groups_of_parameters(coarse):
 
 
 def test_what_does_not_decay():
+    from timm.optim import create_optimizer_v2
+
     assert tiny().no_weight_decay() == set()
     model = timm.create_model('dgt_small', arch=POST_NORM)
     scales = {name for name, p in model.named_parameters() if p.ndim == 3}
     assert model.no_weight_decay() == scales
     assert len(scales) == sum(TINY['depths'])
-    optimizer = timm.optim.create_optimizer_v2(model, 'adamw', weight_decay=0.05)
+    optimizer = create_optimizer_v2(model, 'adamw', weight_decay=0.05)
     parameters = dict(model.named_parameters())
     for group in optimizer.param_groups:
         if group['weight_decay']:
@@ -253,36 +255,38 @@ def test_the_model_stays_a_backbone_of_mmdgt():
     torch.testing.assert_close(model(x), many, rtol=1e-3, atol=1e-5)
 
 
-def train(model, hook=False, steps=30):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if hook:
-        optimizer.register_step_post_hook(
-            lambda *_: mmdgt.update_centroids(
-                model, keep=0.1 * optimizer.param_groups[0]['lr']
-            )
-        )
+@pytest.fixture
+def untold(monkeypatch):
+    """As if no layer had warned before, and quick to warn."""
+    attention._warn_unmoved.cache_clear()
+    monkeypatch.setattr(attention, 'UNMOVED_CHANGES', 2)
+
+
+def train(model, optimizer, steps=4):
     for _ in range(steps):
-        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        model(image(size=32)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @pytest.mark.filterwarnings('error:DG-Attention')
-def test_a_hook_of_the_optimizer_moves_the_centroids():
-    attention._warn_unmoved.cache_clear()
+def test_a_hook_of_the_optimizer_moves_the_centroids(untold):
     model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.register_step_post_hook(
+        lambda *_: mmdgt.update_centroids(model, 0.1 * optimizer.param_groups[0]['lr'])
+    )
     layers = [m for m in model.modules() if hasattr(m, 'centroids')]
     before = [layer.centroids.clone() for layer in layers]
-    train(model, hook=True, steps=1)
+    train(model, optimizer)
     assert len(layers) == sum(TINY['depths'][:-1])
     assert not any(map(torch.equal, before, (layer.centroids for layer in layers)))
-    train(model, hook=True)
 
 
-def test_without_the_hook_the_loop_is_told():
-    attention._warn_unmoved.cache_clear()
+def test_without_the_hook_the_loop_is_told(untold):
+    model = tiny()
     with pytest.warns(UserWarning, match='Call mmdgt.update_centroids'):
-        train(tiny())
+        train(model, torch.optim.AdamW(model.parameters()))
 
 
 def takes_a_step(model, loss):
@@ -324,6 +328,8 @@ def test_transformers():
 
 
 def test_after_the_meta_device_the_sums_are_zero():
+    from timm.models._manipulate import reinit_non_persistent_buffers
+
     with torch.device('meta'):
         model = tiny()
     model.to_empty(device='cpu')
@@ -331,7 +337,7 @@ def test_after_the_meta_device_the_sums_are_zero():
         if hasattr(layer, 'centroids'):
             layer.group_sums.fill_(7)
             layer.group_counts.fill_(7)
-    timm.models.reinit_non_persistent_buffers(model)
+    reinit_non_persistent_buffers(model)
     assert not any(
         v.any()
         for counted in mmdgt.update_centroids(model, 0.1).values()
