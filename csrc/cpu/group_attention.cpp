@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -118,7 +119,8 @@ class Plan {
     }
   }
 
-  int64_t mask_bytes() const { return (tokens_ + 7) / 8; }
+  // Whole bytes for the widest vector.
+  int64_t mask_bytes() const { return round_up(tokens_, 16) / 8; }
   const uint8_t* mask(int64_t slice, int64_t group) const {
     return masks_.data() + (slice * groups_ + group) * mask_bytes();
   }
@@ -133,10 +135,12 @@ class Plan {
       for (int64_t k = 0; k < num_keys_; ++k) seen[index[k]] = 1;
       int64_t count = 0;
       for (int64_t byte = 0; byte < mask_bytes(); ++byte) {
-        uint8_t bits = 0;
-        for (int i = 0; i < 8; ++i) bits |= seen[8 * byte + i] << i;
-        count += __builtin_popcount(bits);
-        *to++ = bits;
+        // Zeros and ones, the first in the lowest byte: their bits side by side and
+        // their sum gather in the highest.
+        uint64_t eight;
+        std::memcpy(&eight, seen.data() + 8 * byte, sizeof(eight));
+        *to++ = static_cast<uint8_t>(eight * 0x0102040810204080 >> 56);
+        count += static_cast<int64_t>(eight * 0x0101010101010101 >> 56);
       }
       if (count != num_keys_) return false;
     }

@@ -42,7 +42,8 @@ struct SelectTask {
 
 // The keys that each group selected, one bit per token.
 struct KeyMasks {
-  Rows<const uint8_t> of{};        // (G, bytes), readable three bytes further
+  Rows<const uint8_t> of{};        // (G, bytes), zeros up to a whole vector; readable
+                                   // three bytes further
   const int32_t* group = nullptr;  // (L), of the slice
 
   explicit operator bool() const { return group; }

@@ -61,6 +61,13 @@ struct Avx512 {
   static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), reg);
   }
+  static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
+    const __m512i lane =
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+    _mm512_storeu_si512(
+        to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), numbers));
+  }
   static MMDGT_INLINE Reg exp2(Reg x) {
     const Reg whole =
         _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -77,6 +77,14 @@ struct Portable {
     for (int i = 0; i < kWidth; ++i) reg[i] = bits >> i & 1 ? reg[i] : T(0);
     return reg;
   }
+  // Stores first + i for every set bit i, one after the other, and something in the
+  // rest of kWidth places.
+  static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
+    for (int i = 0; i < kWidth; ++i) {
+      *to = first + i;
+      to += bits >> i & 1;
+    }
+  }
   // 2^x up to x = 127, relative error 2e-7; below -126 anything from 0 to 2^-126. NaN
   // stays NaN.
   static MMDGT_INLINE Reg exp2(Reg x) {
