@@ -254,9 +254,8 @@ def test_drop_path_rises_to_its_rate():
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
-    layer, x = DropPath(0.25).train(), torch.randn(4000, 2, 3)
-    out = layer(x)
-    factor = (out / x).flatten(1)
+    layer, x = DropPath(0.25).train(), torch.ones(4000, 2, 3)
+    factor = layer(x).flatten(1)
     assert (factor == factor[:, :1]).all()
     kept = factor[:, 0] != 0
     torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 4 / 3))
@@ -265,7 +264,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 
 def test_another_number_of_keys():
-    one, other = small(num_keys=10).eval(), DGT(TINY, num_groups=6, num_keys=4).eval()
+    one, other = small().eval(), DGT(TINY, num_groups=6, num_keys=4).eval()
     other.load_state_dict(one.state_dict())
     image = torch.randn(1, 3, 64, 64)
     expected = other(image)
@@ -276,7 +275,9 @@ def test_another_number_of_keys():
 
 
 def test_linear_layers_start_small():
-    weights = [m.weight for m in DGT('tiny').modules() if isinstance(m, nn.Linear)]
+    weights = [
+        m.weight.detach() for m in DGT('tiny').modules() if isinstance(m, nn.Linear)
+    ]
     for weight in weights:
         assert weight.std() == pytest.approx(0.02, rel=0.03)
         assert weight.abs().max() < 2  # truncated there

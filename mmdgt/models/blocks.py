@@ -144,8 +144,9 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
         m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
     ]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, count in kept:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if count is None else count.clone()
     try:
         yield
     finally:
