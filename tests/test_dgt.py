@@ -139,10 +139,10 @@ def test_block_follows_equations_8_to_10(post_norm):
     y = y + loops.conv3x3(y, to_numpy(block.cpe.weight), to_numpy(block.cpe.bias), 4)
     if post_norm:
         y = y + layer_norm(attend(y), block.norm1)
-        y = y + layer_norm(irffn(block.ffn, y), block.norm2)
+        y = y + layer_norm(irffn(block.irffn, y), block.norm2)
     else:
         y = y + attend(layer_norm(y, block.norm1))
-        y = y + irffn(block.ffn, layer_norm(y, block.norm2))
+        y = y + irffn(block.irffn, layer_norm(y, block.norm2))
     np.testing.assert_allclose(to_numpy(block(x))[0], y, atol=5e-5)
 
 
@@ -376,3 +376,11 @@ def test_wrong_settings(settings, message):
 def test_wrong_channels():
     with pytest.raises(ValueError, match=r'\(B, 3, H, W\), got \(1, 4, 64, 64\)'):
         small()(torch.randn(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_the_older_feed_forward_network_are_refused(strict):
+    model = small()
+    old = {key.replace('.irffn.', '.ffn.'): x for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'older mmdgt.*changelog.*train anew'):
+        model.load_state_dict(old, strict=strict)
