@@ -42,6 +42,7 @@ except Exception as error:  # the doctor has to run where torch does not
     _warn('mmdgt is not usable here', error)
 else:
     _register_with('openmmlab', 'mmengine', 'mmcv')
+    _register_with('timm', 'timm')
 
 
 def __getattr__(name: str) -> NoReturn:

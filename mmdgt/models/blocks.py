@@ -42,6 +42,8 @@ class Stem(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
+        # Channels last, tokens are views of feature maps and nothing is copied.
+        x = x.contiguous(memory_format=torch.channels_last)
         layers = list(self)
         for conv, norm in zip(layers[::3], layers[2::3], strict=True):
             x = norm_of_gelu(norm, conv(x))
