@@ -11,7 +11,7 @@
 #include "kernels.h"
 #include "slices.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 namespace {
 
 // Numbers in the rows of one task: few enough for a core's cache. Fixed, so that sums
@@ -203,4 +203,4 @@ TORCH_LIBRARY_IMPL(mmdgt, CPU, library) {
   library.impl("gelu_norm_backward_", gelu_norm_backward_cpu);
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

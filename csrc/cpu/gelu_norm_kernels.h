@@ -3,7 +3,7 @@
 // memory as its statistics allow. To be included inside a target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 // The normal distribution at x: GELU(x) = x cdf(x), its derivative is
 // cdf(x) + x density(x).
@@ -144,4 +144,4 @@ void gelu_norm_backward(const GeluRows<T>& rows, const accumulate_t<T>* scale,
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -9,7 +9,7 @@
 #include "../common/limits.h"
 #include "scratch.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 struct Rows {
@@ -40,7 +40,17 @@ struct SelectTask {
   int32_t* index;  // (G, K)
 };
 
-// Queries of one group, and the group's keys.
+// The keys that each group selected, one bit per token.
+struct KeyMasks {
+  Rows<const uint8_t> of{};        // (G, bytes), readable three bytes further
+  const int32_t* group = nullptr;  // (L), of the slice
+
+  explicit operator bool() const { return group; }
+  const uint8_t* operator[](int64_t query) const { return of[group[query]]; }
+};
+
+// Queries and the keys they attend to: those of one group, or with masks any
+// queries and all tokens as keys, of which each query sees its group's.
 template <class T>
 struct AttentionTask {
   Rows<const T> query, key, value;
@@ -49,6 +59,7 @@ struct AttentionTask {
   const int32_t* index;  // (K)
   int64_t num_keys, head_dim;
   double scale;
+  KeyMasks masks;
 };
 
 // float64 accumulates in itself, everything else in float32.
@@ -98,6 +109,8 @@ template <class T>
 struct Kernels {
   void (*assign)(const AssignTask<T>&, Scratch&);
   void (*select)(const SelectTask<T>&, Scratch&);
+  // Whether the sum of all squares is finite.
+  bool (*finite)(Rows<const T>, int64_t tokens, int64_t head_dim);
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
   // Adds numbers (count, padded_head_dim) to the rows that the index names.
@@ -122,4 +135,4 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -3,7 +3,7 @@
 // target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 constexpr int64_t kScoredTokens = 24;  // at a time; their scores stay in L1
 
@@ -208,15 +208,17 @@ class Candidates {
       if (reached == wanted_) break;
     }
     const auto least = static_cast<uint32_t>(low);
-    // Of equal scores the first, which are the lower tokens, win.
-    int64_t ties = wanted_ - count_from(low + 1), kept = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      const uint32_t bits = bits_[i];
-      const bool tie = bits == least && ties > 0;
-      bits_[kept] = bits;
-      tokens_[kept] = tokens_[i];
-      kept += bits > least || tie;
-      ties -= tie;
+    int64_t kept = 0;
+    if (count_from(low) == wanted_) {
+      for (int64_t i = 0; i < size_; ++i) kept = keep(i, kept, bits_[i] >= least);
+    } else {
+      // Of equal scores the first, which are the lower tokens, win.
+      int64_t ties = wanted_ - count_from(low + 1);
+      for (int64_t i = 0; i < size_; ++i) {
+        const bool tie = bits_[i] == least && ties > 0;
+        kept = keep(i, kept, bits_[i] > least || tie);
+        ties -= tie;
+      }
     }
     size_ = kept;
     return score_of_bits(least);
@@ -236,6 +238,13 @@ class Candidates {
   }
 
  private:
+  // Moves the i-th candidate behind those kept, to stay if it is wanted.
+  MMDGT_INLINE int64_t keep(int64_t i, int64_t kept, bool wanted) {
+    bits_[kept] = bits_[i];
+    tokens_[kept] = tokens_[i];
+    return kept + wanted;
+  }
+
   int64_t count_from(uint64_t least) const {
     if (least > 0xffffffffu) return 0;
     const auto limit = static_cast<uint32_t>(least);
@@ -358,4 +367,4 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

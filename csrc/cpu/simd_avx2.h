@@ -1,8 +1,8 @@
-// Vectors of eight floats, for AVX2 with FMA and F16C. To be included inside a
-// target region (target.h).
+// Vectors of eight floats, for AVX2 with FMA and F16C. The members are those of
+// Portable (simd_portable.h). To be included inside a target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 struct Avx2 {
   using Scalar = float;
@@ -67,10 +67,10 @@ struct Avx2 {
     const Reg one = _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), broadcast(1));
     return _mm256_add_ps(count, one);
   }
-  static MMDGT_INLINE Reg keep_first(Reg reg, int lanes) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), lane);
-    return _mm256_and_ps(reg, _mm256_castsi256_ps(keep));
+  static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+    return _mm256_and_ps(reg, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
   }
   static MMDGT_INLINE Reg exp2(Reg x) {
     x = _mm256_max_ps(broadcast(-126.0f), x);  // in this order NaN stays
@@ -107,4 +107,4 @@ struct Avx2 {
   }
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu
