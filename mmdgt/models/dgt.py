@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
-from .convolutions import ResidualDepthwiseConv
 from .deploy import Affine, fold_sum
 from .feed_forward import IRFFN
 from .gelu_norm import norm_of_gelu
@@ -54,6 +53,17 @@ class Stem(nn.Sequential):
         return x
 
 
+class CPE(nn.Conv2d):
+    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + super().forward(x)
+
+
 class PatchMerging(nn.Sequential):
     """A 3x3 convolution of stride 2 and a LayerNorm."""
 
@@ -88,13 +98,11 @@ class Block(nn.Module):
         with_cp: bool,
     ) -> None:
         super().__init__()
-        self.cpe = ResidualDepthwiseConv(dims)
+        self.cpe = CPE(dims)
         self.norm1 = LayerNorm2d(dims)
         self.attention = attention
         self.norm2 = LayerNorm2d(dims)
-        self.ffn = IRFFN(
-            dims, ffn_ratio, lambda hidden: build_norm_layer(norm_cfg, hidden)[1]
-        )
+        self.ffn = IRFFN(dims, ffn_ratio, norm_cfg)
         self.drop_path = DropPath(drop_path)
         self.post_norm = post_norm
         self.with_cp = with_cp
