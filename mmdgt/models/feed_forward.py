@@ -21,7 +21,7 @@ class IRFFN(nn.Module):
     Args:
         dims (int): Channels in and out.
         ratio (int): Hidden channels over ``dims``.
-        norm_layer (Callable): Builds the norm of a map with so many channels.
+        norm_layer (Callable): Makes the norms of their channels.
     """
 
     def __init__(
