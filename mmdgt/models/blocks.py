@@ -1,12 +1,11 @@
 """What DGT is made of: stem, patch merging, blocks (sections 3.2 and 3.3)."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .checkpointing import checkpointed
 from .convolutions import ResidualDepthwiseConv
 from .feed_forward import IRFFN
 from .gelu_norm import norm_of_gelu
@@ -113,12 +112,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self)),
-            )
+            return checkpointed(self, self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -131,26 +125,6 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         return feature_map(self.attention(tokens(x)))
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics while a checkpoint is recomputed.
-
-    The first pass has moved and counted them already; a second move would make
-    training with checkpoints differ from training without.
-    """
-    norms = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Stage(nn.Module):
