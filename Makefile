@@ -82,7 +82,7 @@ sanitize: $(VENV)/others
 	  --upgrade .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PYTHONSAFEPATH=1 \
-	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_norm.py
+	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_batch_norm.py
 
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@

@@ -1,14 +1,13 @@
 """What DGT is made of: stem, patch merging, blocks (sections 3.2 and 3.3)."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .checkpointing import checkpointed
 from .convolutions import ResidualDepthwiseConv
 from .feed_forward import IRFFN
 from .gelu_norm import norm_of_gelu
@@ -117,12 +116,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self)),
-            )
+            return checkpointed(self, self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -156,27 +150,6 @@ def refuse_old_weights(keys: Iterable[str]) -> None:
             ' (docs/changelog.md), and have no use here: train anew, or install the'
             ' mmdgt that they were trained with'
         )
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics while a checkpoint is recomputed.
-
-    The first pass has moved and counted them already; a second move would make
-    training with checkpoints differ from training without.
-    """
-    norms = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, _, count in kept:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None if count is None else count.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Stage(nn.Module):
