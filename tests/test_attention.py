@@ -1,12 +1,22 @@
 """The attention layers, and how their centroids move."""
 
+import re
+
 import loops
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import nn
 
-from mmdgt.models import DynamicGroupAttention, GlobalAttention, update_centroids
+from mmdgt.models import (
+    DynamicGroupAttention,
+    GlobalAttention,
+    attention,
+    update_centroids,
+)
+
+ARCH = dict(dims=(16,) * 4, depths=(1,) * 4, num_heads=(2,) * 4, stem_dims=8)
 
 
 def to_numpy(x):
@@ -124,3 +134,105 @@ def test_centroids_stay_in_float32_under_autocast():
     assert layer.group_sums.dtype == layer.centroids.dtype == torch.float32
     update_centroids(layer, 0.1)
     torch.testing.assert_close(layer.centroids.norm(dim=-1), torch.ones(2, 4))
+
+
+def sgd_steps(layer, number, after_step=lambda: None, passes=1):
+    """Train a layer without a word of its centroids."""
+    optimizer = torch.optim.SGD([p for p in layer.parameters()], lr=0.01)
+    for _ in range(number):
+        for _ in range(passes):
+            layer(torch.randn(1, 20, 16)).square().sum().backward()
+        optimizer.step()
+        after_step()
+
+
+@pytest.fixture
+def untold():
+    """As if no layer had warned before."""
+    attention._warn_unmoved.cache_clear()
+
+
+def test_a_loop_that_never_moves_the_centroids_is_told_once(untold):
+    layers = [DynamicGroupAttention(16, 2, num_groups=4) for _ in range(2)]
+    with pytest.warns(UserWarning, match=r'update_centroids.*CentroidHook') as told:
+        for layer in layers:
+            sgd_steps(layer, 30)
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings('error')
+def test_loops_that_move_them_are_not_told(untold):
+    layer = DynamicGroupAttention(16, 2, num_groups=4)
+    sgd_steps(layer, 30, lambda: update_centroids(layer, 0.1))
+    sgd_steps(layer, 30)  # moved on purpose no more
+    accumulating = DynamicGroupAttention(16, 2, num_groups=4)
+    sgd_steps(accumulating, 3, lambda: update_centroids(accumulating, 0.1), passes=30)
+    frozen = DynamicGroupAttention(16, 2, num_groups=4).eval()
+    sgd_steps(frozen, 30)
+    for _ in range(50):
+        DynamicGroupAttention(16, 2, num_groups=4)(torch.randn(1, 20, 16))
+
+
+def test_a_compiled_loop_is_told_before_its_evaluation(untold):
+    layer = DynamicGroupAttention(16, 2, num_groups=4).train()
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    for _ in range(30):
+        compiled(torch.randn(1, 20, 16)).square().sum().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match='never move'):
+        layer.eval()
+
+
+@pytest.fixture(scope='module')
+def documented():
+    """What the code of docs/attention.md defines."""
+    text = (REPOSITORY / 'docs/attention.md').read_text()
+    names = {'ARCH': ARCH}
+    for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL):
+        if 'class' in block:
+            exec(block.replace("DGT('tiny'", 'DGT(ARCH'), names)
+    return names
+
+
+def test_another_rule_of_choice_is_one_override(documented):
+    layer = documented['Stripes'](16, 2)
+    x = torch.randn(2, 100, 16)
+    q, k, v = project(layer, x)
+    group = np.broadcast_to(np.arange(100) // 64, (2, 2, 100))
+    stripes = np.stack([np.arange(64), np.arange(36, 100)])
+    index = np.broadcast_to(stripes, (2, 2, 2, 64))
+    out = loops.attend(q, k, v, group, index, 8**-0.5)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+    mixers = [stage.blocks[0].attention for stage in documented['backbone'].stages]
+    assert [type(m) for m in mixers] == 3 * [documented['Stripes']] + [GlobalAttention]
+
+
+def test_centroids_that_are_trained(documented):
+    layer = documented['TrainedCentroids'](16, 2, num_groups=4, num_keys=5)
+    x = torch.randn(2, 20, 16)
+    q, k, v = project(layer, x)
+    e = to_numpy(layer.centroids)
+    group, index = loops.assign(q, e), loops.select(k, e, 5)
+    out = loops.attend(q, k, v, group, index, 8**-0.5)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+    unit = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    apart = [
+        unit[b, h, i] - e[h, group[b, h, i]] for b, h, i in np.ndindex(group.shape)
+    ]
+    assert layer.distortion.item() == pytest.approx(np.square(apart).mean(), rel=1e-4)
+    optimizer = torch.optim.SGD([layer.centroids], lr=1.0)
+    layer.distortion.backward()
+    optimizer.step()
+    before, _ = layer.distortion.item(), layer(x)
+    assert layer.distortion.item() < before
+
+
+def test_what_another_rule_chooses_is_checked():
+    class Wrong(DynamicGroupAttention):
+        def choose(self, query, key):
+            group, index = super().choose(query, key)
+            return group + 3, index
+
+    with pytest.raises(IndexError, match=r'group must lie in \[0, 3\)'):
+        Wrong(16, 2, num_groups=3)(torch.randn(2, 12, 16))

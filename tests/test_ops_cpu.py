@@ -594,7 +594,7 @@ def test_every_instruction_set(isa):
     if best not in order or order.index(isa) >= order.index(best):
         pytest.skip(f'{isa} kernels are tested directly or not at all on {best}')
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': isa, 'MMDGT_TEST_ISA': isa}
-    files = __file__, str(Path(__file__).with_name('test_gelu_norm.py'))
+    files = __file__, str(Path(__file__).with_name('test_gelu_batch_norm.py'))
     command = [sys.executable, '-m', 'pytest', '-q', '-x', *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -118,7 +118,8 @@ struct MaskedKeys {
     return V::keep(reg, bits(row, vector));
   }
   MMDGT_INLINE Reg lower(int64_t row, int64_t vector, Reg reg) const {
-    const auto lowest = V::broadcast(-std::numeric_limits<typename V::Scalar>::infinity());
+    const auto lowest =
+        V::broadcast(-std::numeric_limits<typename V::Scalar>::infinity());
     const uint32_t seen = bits(row, vector);
     return V::keep(reg, seen) + V::keep(lowest, ~seen);
   }
@@ -256,11 +257,10 @@ void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
       }
     }
     std::fill(sums, sums + rows * V::kWidth, Scalar(0));
-    product<V, Multiply>(
-        queries, keys_t, rows, head_dim / kNumbers, vectors,
-        Exponentials<V, Seen, Probability>{seen,
-                                           reinterpret_cast<Probability*>(probability),
-                                           keys, factor, shifts, sums});
+    product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
+                         Exponentials<V, Seen, Probability>{
+                             seen, reinterpret_cast<Probability*>(probability), keys,
+                             factor, shifts, sums});
     product<V, Multiply>(Left<Scalar>{probability, keys / kNumbers, 1},
                          Right<Scalar>{value, columns}, rows, key_depth,
                          columns / V::kWidth, StoreTile<V>{out, columns});

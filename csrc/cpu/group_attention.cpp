@@ -31,7 +31,8 @@ void check_range(const at::Tensor& numbers, int64_t limit, const char* name,
                     ", got one outside");
 }
 
-struct Task {  int64_t slice, group;  // all groups of a slice whose keys are masked
+struct Task {
+  int64_t slice, group;  // all groups of a slice whose keys are masked
   int64_t first, count;  // places in the slice's queries
 };
 
@@ -69,8 +70,8 @@ class Plan {
         for (int64_t g = 0; g < groups_; ++g) used += start[g] < start[g + 1];
         masked_[slice] = masking_pays(used) && finite(slice) && make_masks(slice);
         if (masked_[slice]) {
-          std::iota(order_.data() + slice * tokens_, order_.data() + (slice + 1) * tokens_,
-                    0);
+          std::iota(order_.data() + slice * tokens_,
+                    order_.data() + (slice + 1) * tokens_, 0);
         }
       }
     });

@@ -91,12 +91,19 @@ struct BackwardTask : AttentionTask<T> {
   accumulate_t<T>* grad_value;
 };
 
-// Rows of channels one after the other, and what is added to their GELU, or null.
+// Rows of channels, one after the other.
 template <class T>
 struct GeluRows {
-  const T* x;         // (count, channels)
-  const T* residual;  // (count, channels)
+  const T* x;  // (count, channels)
   int64_t count, channels;
+};
+
+// A row of pixels of a map, the middle one, and the rows beside it.
+template <class T>
+struct ThreeRows {
+  const T* x[3];   // (width, channels) each, null beyond the border
+  const T* zeros;  // (channels), for pixels beyond the border
+  int64_t width, channels;
 };
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
@@ -119,16 +126,22 @@ struct Kernels {
               Rows<accumulate_t<T>> to, int64_t head_dim);
   // (count, D) numbers into rows of D.
   void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count, int64_t head_dim);
-  void (*gelu_statistics)(const GeluRows<T>&, T* sum, accumulate_t<T>* mean,
-                          accumulate_t<T>* deviation, Scratch&);
-  void (*gelu_norm)(const GeluRows<T>&, const accumulate_t<T>* scale,
-                    const accumulate_t<T>* shift, T* out);
-  void (*gelu_norm_sums)(const GeluRows<T>&, T* grad, const T* more,
-                         const accumulate_t<T>* mean, accumulate_t<T>* sum,
-                         accumulate_t<T>* product);
-  void (*gelu_norm_backward)(const GeluRows<T>&, const accumulate_t<T>* scale,
-                             const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                             T* grad, T* sum);
+  void (*gelu_batch_norm_stats)(const GeluRows<T>&, accumulate_t<T>* mean,
+                                accumulate_t<T>* deviation, Scratch&);
+  void (*gelu_batch_norm_elemt)(const GeluRows<T>&, const accumulate_t<T>* scale,
+                                const accumulate_t<T>* shift, T* y);
+  void (*gelu_batch_norm_backward_reduce)(const GeluRows<T>&, const T* dy,
+                                          const accumulate_t<T>* mean,
+                                          accumulate_t<T>* sum_dy,
+                                          accumulate_t<T>* sum_dy_xmu);
+  void (*gelu_batch_norm_backward_elemt)(const GeluRows<T>&, const T* dy,
+                                         const accumulate_t<T>* scale,
+                                         const accumulate_t<T>* slope,
+                                         const accumulate_t<T>* shift, T* dx);
+  void (*depthwise_conv)(const ThreeRows<T>&, const accumulate_t<T>* weight,
+                         const accumulate_t<T>* bias, T* out);
+  void (*depthwise_conv_backward_weight)(const ThreeRows<T>&, const T* grad,
+                                         accumulate_t<T>* sums);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

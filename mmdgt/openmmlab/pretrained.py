@@ -10,16 +10,17 @@ from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
 from torch import Tensor, nn
 
+from ..models.blocks import refuse_old_weights
+
 OUTPUT_NORM, STAGE = r'norm\d+\.', r'stages\.\d+\.'
 NAMED = 3  # keys that a message names
 
 
-def strict_init(init_cfg: dict | list[dict] | None, default: dict) -> list[dict]:
+def strict_init(init_cfg: dict | list[dict] | None) -> list[dict]:
     """Put the strict loading where an ``init_cfg`` has mmengine's.
 
     Args:
         init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
-        default (dict): What initialises if nothing else does, or before the loading.
 
     Returns:
         list[dict]: The same with :class:`StrictPretrainedInit`, which comes last.
@@ -31,7 +32,7 @@ def strict_init(init_cfg: dict | list[dict] | None, default: dict) -> list[dict]
             pretrained.append(dict(cfg, type=StrictPretrainedInit))
         else:
             others.append(cfg)
-    return [*(others or [default]), *pretrained]
+    return [*others, *pretrained]
 
 
 class StrictPretrainedInit(PretrainedInit):
@@ -67,6 +68,7 @@ class StrictPretrainedInit(PretrainedInit):
             for key, value in there.items()
             if key.startswith(prefix)
         }
+        refuse_old_weights(weights)
         if not weights.keys() & own.keys():
             raise ValueError(_wrong_prefix(file, prefix, there, next(iter(own))))
         missing = [key for key in own if key not in weights]
