@@ -2,6 +2,7 @@
 # to the result. What is there already is used again.
 PYTHON ?= python3
 VENV := .venv
+CORE := .venv-core
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install
 
@@ -24,7 +25,8 @@ export GOMP_SPINCOUNT := 20000
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
-.PHONY: train train-classification train-detection test lint gpu-check sanitize clean
+.PHONY: train train-classification train-detection test test-core lint gpu-check \
+  sanitize clean
 
 train: report-upernet_dgt_t_demo
 
@@ -58,6 +60,13 @@ $(eval $(call demo,mask_rcnn_dgt_t_demo,epoch_3.pth,$(VENV)/others $(DATA) \
 test: $(VENV)/others
 	$(RUN) -m pytest
 
+# The network with torch and numpy alone, in plain PyTorch: no OpenMMLab, no kernels.
+# The package is the installed one, not the checkout's.
+test-core: $(CORE)/pytest
+	MMDGT_WITH_OPS=0 $(CORE)/bin/pip install -q --no-build-isolation --no-deps \
+	  --force-reinstall .
+	PYTHONSAFEPATH=1 $(CORE)/bin/python -m pytest
+
 lint: $(VENV)/others
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -73,10 +82,15 @@ sanitize: $(VENV)/others
 	  --upgrade .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PYTHONSAFEPATH=1 \
-	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_norm.py
+	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_batch_norm.py
 
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@
+
+$(CORE)/pytest:
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/pip install $(firstword $(TORCH)) numpy pytest wheel "setuptools>=80,<82"
+	@touch $@
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -103,4 +117,4 @@ $(VENV)/others: $(VENV)/mmdgt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info mmdgt/*.so
+	rm -rf $(VENV) $(CORE) build *.egg-info mmdgt/*.so

@@ -1,5 +1,5 @@
 import contextlib
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -14,6 +14,31 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+# What OpenMMLab is needed for. The others run with torch, numpy and pytest alone.
+NEED_OPENMMLAB = [
+    f'test_{room}.py'
+    for room in (
+        'ablate',
+        'compare_backbones',
+        'configs',
+        'custom_data',
+        'demo_data',
+        'demo_page',
+        'detection',
+        'distributed',
+        'doctor',
+        'export',
+        'group_pictures',
+        'hooks',
+        'inference',
+        'notebook',
+        'openmmlab',
+        'precision',
+        'pretrained',
+        'tools',
+    )
+]
+collect_ignore = [] if importlib.util.find_spec('mmengine') else NEED_OPENMMLAB
 
 
 @pytest.fixture(autouse=True)

@@ -249,7 +249,7 @@ class DGT(nn.Module):
         for block in self.modules():
             if isinstance(block, Block):
                 block.cpe = fold_sum(block.cpe)
-                block.ffn.switch_to_deploy()
+                block.irffn.switch_to_deploy()
         self.requires_grad_(False)
         self.deployed = True
 
