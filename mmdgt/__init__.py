@@ -35,6 +35,7 @@ def _warn(what: str, error: Exception) -> None:
     )
 
 
+_problem: Exception | None = None
 try:
     from .models import DGT, DynamicGroupAttention, update_centroids
 except Exception as error:  # the doctor has to run where torch does not
