@@ -1,7 +1,5 @@
 """Depth-wise 3x3 convolutions of maps stored channels last, by kernels of the CPU."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,18 +76,13 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         Tensor: (B, C, H, W).
     """
-    device = x.device.type
     if (
-        device == 'cpu'
+        x.device.type == 'cpu'
         and backend.channels_served('depthwise_conv', x, x.shape[1])
         and not torch.jit.is_tracing()  # tracers count the operators that they know
     ):
         x = x.contiguous(memory_format=torch.channels_last)
         return ops.depthwise_conv(x, weight, bias)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    with (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else contextlib.nullcontext()
-    ):
+    with backend.without_autocast(x):
         return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
