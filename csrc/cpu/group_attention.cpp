@@ -37,7 +37,7 @@ struct Task {
 };
 
 // What gathering a group's keys costs, as the time of this many queries.
-constexpr int64_t kGatherQueries = 20;
+constexpr int64_t kGatherQueries = 10;
 
 // How the slices are attended, and the tasks that they make. Where the groups are
 // small and K is a large part of L, gathering the keys of every group takes longer
