@@ -1,5 +1,7 @@
 // Assignment of queries to groups, and the sums of eq. 3.
-#include "../dynamic_group_attention.h"
+#include <ATen/ops/zeros.h>
+
+#include "kernels.h"
 #include "launch.cuh"
 #include "scores.cuh"
 
@@ -194,6 +196,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
     const at::Tensor& query, const at::Tensor& centroids, bool with_sums) {
   const c10::DeviceGuard guard(query.device());
@@ -237,9 +241,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
   });
   return {group, sums, counts};
 }
-
-}  // namespace
-
-REGISTER_KERNELS(assign_queries_impl, assign_queries_cuda);
 
 }  // namespace mmdgt

@@ -1,7 +1,7 @@
 // Group attention, forward (eq. 2): softmax attention of every query over the
 // keys of its group.
-#include "../dynamic_group_attention.h"
 #include "attention.cuh"
+#include "kernels.h"
 #include "masked_attention.h"
 #include "sort_queries.h"
 
@@ -166,6 +166,8 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {
@@ -203,9 +205,5 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
   });
   return {out, logsumexp};
 }
-
-}  // namespace
-
-REGISTER_KERNELS(group_attention_impl, group_attention_cuda);
 
 }  // namespace mmdgt
