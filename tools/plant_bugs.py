@@ -43,7 +43,8 @@ class Bug:
     mode: tuple[str, dict[str, str]]
 
 
-SMALL = 'test_attention and 1000-32-48-98-random and dtype2'
+STAGES = 'test_attention and 2500-32-7-392-random and dtype2'
+SORTED = 'test_attention and 1000-32-48-98-random and dtype2'
 BUGS = (
     Bug(
         'a barrier is gone',
@@ -57,7 +58,7 @@ BUGS = (
     }
   }
   if (!active) return;""",
-        SMALL,
+        STAGES,
         EARLY,
     ),
     Bug(
@@ -65,7 +66,7 @@ BUGS = (
         'group_attention_backward.cu',
         'ptx::wait_for_copies<1>();',
         'ptx::wait_for_copies<2>();',
-        SMALL,
+        STAGES,
         LATE,
     ),
     Bug(
@@ -74,7 +75,7 @@ BUGS = (
         """      __syncwarp();
       if (g[i] >= 0 && rank == 0)""",
         """      if (g[i] >= 0 && rank == 0)""",
-        SMALL,
+        SORTED,
         LATE,
     ),
     Bug(
@@ -90,7 +91,7 @@ BUGS = (
         'sort_queries.cu',
         'atomicAdd(&size[g], 1);',
         'size[g] += 1;',
-        SMALL,
+        SORTED,
         THREAD,
     ),
     Bug(
@@ -126,7 +127,7 @@ def passes(folder: Path, tests: str, mode: tuple[str, dict[str, str]]) -> bool:
         for name in LIBRARIES[sanitizer]
     )
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '--capture=sys']
         + ['tests/test_ops_cuda.py', '-k', tests],
         cwd=REPOSITORY,
         env={
