@@ -40,6 +40,13 @@ NEED_OPENMMLAB = [
 ]
 collect_ignore = [] if importlib.util.find_spec('mmengine') else NEED_OPENMMLAB
 
+if emulated := os.environ.get('MMDGT_EMULATED'):
+    # The CUDA kernels as `make emulate` compiles them serve CPU tensors in place of
+    # the extension.
+    (library,) = Path(emulated).glob('mmdgt/_ext*.so')
+    spec = importlib.util.spec_from_file_location('mmdgt._ext', library)
+    sys.modules['mmdgt._ext'] = importlib.util.module_from_spec(spec)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -1,0 +1,13 @@
+// The GPU's implementations of the operators.
+#pragma once
+
+#include "../dynamic_group_attention.h"
+
+namespace mmdgt {
+
+decltype(assign_queries_impl) assign_queries_cuda;
+decltype(select_keys_impl) select_keys_cuda;
+decltype(group_attention_impl) group_attention_cuda;
+decltype(group_attention_backward_impl) group_attention_backward_cuda;
+
+}  // namespace mmdgt
