@@ -314,9 +314,7 @@ def test_a_repeated_key_counts_as_often(size):
     grads = ops.group_attention_backward(
         tokens[0], *tokens, group, index, out, logsumexp, 0.3
     )
-    truth = gradients_in_loops(
-        tokens[0].double(), *tokens.double(), group, index, 0.3
-    )
+    truth = gradients_in_loops(tokens[0].double(), *tokens.double(), group, index, 0.3)
     for mine, right in zip(grads, truth, strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5)
 
