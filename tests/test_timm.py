@@ -317,7 +317,7 @@ def test_segmentation_models_pytorch():
 
 def test_transformers():
     transformers = pytest.importorskip('transformers')
-    config = transformers.TimmBackboneConfig('dgt_tiny', out_indices=[1, 3])
+    config = transformers.TimmBackboneConfig(backbone='dgt_tiny', out_indices=[1, 3])
     model = transformers.TimmBackbone(config, arch=TINY)
     assert model.channels == [DIMS[1], DIMS[3]]
     maps = model(image()).feature_maps
