@@ -214,14 +214,16 @@ def test_the_same_weights_in_mmpretrain(arch, tmp_path):
         act_cfg=dict(type='GELU'),
     )
     backbone = dict(type='DGT', arch=arch, num_keys=9, out_indices=(3,), out_norm=False)
-    theirs = registry.build(
-        dict(
-            type='mmpretrain.ImageClassifier',
-            backbone=backbone,
-            neck=dict(type='mmpretrain.GlobalAveragePooling'),
-            head=dict(head, type='mmpretrain.StackedLinearClsHead'),
-        )
-    ).eval()
+    scope = pytest.importorskip('mmengine.registry').DefaultScope
+    with scope.overwrite_default_scope('mmpretrain'):
+        theirs = registry.build(
+            dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=backbone,
+                neck=dict(type='mmpretrain.GlobalAveragePooling'),
+                head=dict(head, type='mmpretrain.StackedLinearClsHead'),
+            )
+        ).eval()
     file = tmp_path / 'epoch_300.pth'
     torch.save(dict(state_dict=theirs.state_dict(), meta=dict(epoch=300)), file)
     settings = dict(arch=arch, num_keys=9, pretrained=True)
@@ -317,7 +319,7 @@ def test_segmentation_models_pytorch():
 
 def test_transformers():
     transformers = pytest.importorskip('transformers')
-    config = transformers.TimmBackboneConfig('dgt_tiny', out_indices=[1, 3])
+    config = transformers.TimmBackboneConfig(backbone='dgt_tiny', out_indices=[1, 3])
     model = transformers.TimmBackbone(config, arch=TINY)
     assert model.channels == [DIMS[1], DIMS[3]]
     maps = model(image()).feature_maps
