@@ -62,7 +62,8 @@ def function(name: str, tokens: Tensor, num_groups: int) -> Callable:
     reason = why_not_fused(tokens, num_groups)
     if _choice.name == 'fused' and reason:
         raise RuntimeError(f'back end "fused" was chosen, but {reason}')
-    if _choice.name == 'auto' and reason:
+    # Compilers trace no warnings.
+    if _choice.name == 'auto' and reason and not torch.compiler.is_compiling():
         _warn_once(reason)
     # Without the extension the operator itself runs the reference, and is still
     # known to FLOP counters and compilers.
