@@ -184,11 +184,10 @@ void add_kernels(torch::Library& library) {
 
 pybind11::dict limits() {
   using namespace pybind11::literals;
-  return pybind11::dict(
-      "max_groups"_a = kMaxGroups, "max_head_dim"_a = kMaxHeadDim,
-      "head_dim_step"_a = kHeadDimStep, "channel_step"_a = kChannelStep,
-      "dtypes"_a = pybind11::dict("cpu"_a = dtype_names(at::kCPU),
-                                  "cuda"_a = dtype_names(at::kCUDA)));
+  return pybind11::dict("max_groups"_a = kMaxGroups, "max_head_dim"_a = kMaxHeadDim,
+                        "head_dim_step"_a = kHeadDimStep, "channel_step"_a = kChannelStep,
+                        "dtypes"_a = pybind11::dict("cpu"_a = dtype_names(at::kCPU),
+                                                    "cuda"_a = dtype_names(at::kCUDA)));
 }
 
 }  // namespace
