@@ -88,9 +88,8 @@ struct Avx2 {
   }
   static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
     const __m128i places = _mm_loadl_epi64((const __m128i*)&kSetBits.places[bits]);
-    _mm256_storeu_si256(
-        (__m256i*)to,
-        _mm256_add_epi32(_mm256_cvtepu8_epi32(places), _mm256_set1_epi32(first)));
+    _mm256_storeu_si256((__m256i*)to, _mm256_add_epi32(_mm256_cvtepu8_epi32(places),
+                                                       _mm256_set1_epi32(first)));
   }
   static MMDGT_INLINE Reg exp2(Reg x) {
     x = _mm256_max_ps(broadcast(-126.0f), x);  // in this order NaN stays
