@@ -46,6 +46,7 @@ if emulated := os.environ.get('MMDGT_EMULATED'):
     (library,) = Path(emulated).glob('mmdgt/_ext*.so')
     spec = importlib.util.spec_from_file_location('mmdgt._ext', library)
     sys.modules['mmdgt._ext'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules['mmdgt._ext'])
 
 
 @pytest.fixture(autouse=True)

@@ -109,8 +109,10 @@ def build(folder: Path, sanitizer: str) -> None:
     """Compile the emulation in a copy of the sources."""
     target = f'build/{sanitizer or "plain"}'
     subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'build_ext']
-        + ['--build-lib', target, '--build-temp', target],
+        [
+            *(sys.executable, 'setup.py', '-q', 'build_ext'),
+            *('--build-lib', target, '--build-temp', target),
+        ],
         cwd=folder,
         env={**os.environ, 'MMDGT_EMULATE': '1', 'MMDGT_SANITIZE': sanitizer},
         check=True,
@@ -127,8 +129,10 @@ def passes(folder: Path, tests: str, mode: tuple[str, dict[str, str]]) -> bool:
         for name in LIBRARIES[sanitizer]
     )
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '--capture=sys']
-        + ['tests/test_ops_cuda.py', '-k', tests],
+        [
+            *(sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider'),
+            *('--capture=sys', 'tests/test_ops_cuda.py', '-k', tests),
+        ],
         cwd=REPOSITORY,
         env={
             **os.environ,
@@ -170,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--only', default='', help='a part of the names of bugs')
     args = parser.parse_args()
-    print('| bug | kernel | sanitizer | mode | caught |\n| --- | --- | --- | --- | --- |')
+    print(
+        '| bug | kernel | sanitizer | mode | caught |\n| --- | --- | --- | --- | --- |'
+    )
     unseen = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
