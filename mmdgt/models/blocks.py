@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checkpointing import checkpointed
 from .convolutions import ResidualDepthwiseConv
 from .feed_forward import IRFFN
-from .gelu_norm import norm_of_gelu
+from .gelu_norm import conv_of_norm, norm_of_gelu
 from .layout import feature_map, tokens
 
 Layer = Callable[[int], nn.Module]  # makes a layer of so many channels
@@ -43,10 +43,9 @@ class Stem(nn.Sequential):
         """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
         # Channels last, tokens are views of feature maps and nothing is copied.
         x = x.contiguous(memory_format=torch.channels_last)
-        layers = list(self)
-        for conv, norm in zip(layers[::3], layers[2::3], strict=True):
-            x = norm_of_gelu(norm, conv(x))
-        return x
+        conv1, _, norm1, conv2, _, norm2, conv3, _, norm3 = self
+        x = conv_of_norm(conv2, norm1, conv1(x))
+        return norm_of_gelu(norm3, conv_of_norm(conv3, norm2, x))
 
 
 class PatchMerging(nn.Sequential):

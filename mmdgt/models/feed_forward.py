@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from .checkpointing import checkpointed
 from .convolutions import PointwiseConv, ResidualDepthwiseConv
 from .deploy import Affine, fold_norms, fold_sum
-from .gelu_norm import norm_of_gelu, trains_fused
+from .gelu_norm import conv_of_norm
 
 
 class IRFFN(nn.Module):
@@ -44,17 +42,9 @@ class IRFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.expand(x)
-        if torch.is_grad_enabled() and trains_fused(self.norm1, x):
-            # One wide map is kept for the gradients instead of four.
-            x = checkpointed(self, self._mix, x)
-        else:
-            x = self._mix(x)
+        x = conv_of_norm(self.depthwise, self.norm1, x)
+        x = conv_of_norm(self.reduce, self.norm2, x)
         return self.norm3(x)
-
-    def _mix(self, x: Tensor) -> Tensor:
-        x = norm_of_gelu(self.norm1, x)
-        x = norm_of_gelu(self.norm2, self.depthwise(x))
-        return self.reduce(x)
 
     def switch_to_deploy(self) -> None:
         """Fold the batch norms and the sum."""

@@ -12,6 +12,9 @@ channel, (C,) each, are float32, float64 with float64 maps. With ``s = GELU(x)``
   ``scale * grad + slope * s + shift``.
 """
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -105,13 +108,14 @@ class _GELUBatchNorm(torch.autograd.Function):
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
         inverse_std = (var + eps).rsqrt()
         scale = weight * inverse_std
-        ctx.save_for_backward(x, mean, inverse_std, scale)
-        return ops.gelu_batch_norm_elemt(x, scale, bias - mean * scale)
+        shift = bias - mean * scale
+        ctx.save_for_backward(x, mean, inverse_std, scale, shift)
+        return ops.gelu_batch_norm_elemt(x, scale, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mean, inverse_std, scale = ctx.saved_tensors
+        x, mean, inverse_std, scale, _ = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         sum_dy, sum_dy_xmu = ops.gelu_batch_norm_backward_reduce(grad, x, mean)
         grad_weight = sum_dy_xmu * inverse_std
@@ -122,6 +126,31 @@ class _GELUBatchNorm(torch.autograd.Function):
         shift = scale * sum_dy / -count - slope * mean
         grad_x = ops.gelu_batch_norm_backward_elemt(grad, x, scale, slope, shift)
         return grad_x, None, None, grad_weight, sum_dy, None, None
+
+
+def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
+    """Compute y again for the gradients of what is called in a ``with`` block.
+
+    A convolution of y keeps y for its weight's gradient. Within the block it keeps none
+    if y comes from :func:`gelu_batch_norm`, which has kept all that y takes.
+    """
+    node = y.grad_fn
+    if not isinstance(node, _GELUBatchNorm._backward_cls):
+        return contextlib.nullcontext()
+    place, size = y.data_ptr(), y.numel()
+
+    def pack(saved: Tensor) -> Any:
+        if (saved.data_ptr(), saved.numel()) != (place, size):
+            return saved
+        return saved.shape, saved.stride()  # of y as a map or as rows
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        x, _, _, scale, shift = node.saved_tensors
+        return ops.gelu_batch_norm_elemt(x, scale, shift).as_strided(*packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def gelu_affine_(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
