@@ -3,7 +3,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -21,15 +23,14 @@ namespace {
 // same order whatever the number of threads.
 constexpr int64_t kTaskQueries = 512;
 
-void check_range(const at::Tensor& numbers, int64_t limit, const char* name,
-                 const char* what) {
-  const int32_t* data = numbers.const_data_ptr<int32_t>();
-  bool outside = false;
-  for (int64_t i = 0; i < numbers.numel(); ++i) {
-    outside |= static_cast<uint32_t>(data[i]) >= static_cast<uint32_t>(limit);
+// Whether all numbers lie in [0, limit).
+bool in_range(const int32_t* numbers, int64_t count, int64_t limit) {
+  uint32_t outside = 0;  // has the sign of a negative number or distance to the last
+  for (int64_t i = 0; i < count; ++i) {
+    const auto number = static_cast<uint32_t>(numbers[i]);
+    outside |= number | (static_cast<uint32_t>(limit - 1) - number);
   }
-  TORCH_CHECK_INDEX(!outside, name, " must name ", what, " 0 to ", limit - 1,
-                    ", got one outside");
+  return outside >> 31 == 0;
 }
 
 struct Task {
@@ -57,14 +58,19 @@ class Plan {
         index_(index.const_data_ptr<int32_t>()),
         order_(slices_ * tokens_),
         masked_(slices_) {
-    check_range(group, groups_, "group", "groups");
-    check_range(index, tokens_, "index", "tokens");
     if (masking_pays(std::min(groups_, tokens_))) {
       masks_.resize(slices_ * groups_ * mask_bytes() + 3);
     }
     std::vector<int64_t> starts(slices_ * (groups_ + 1), 0);
+    std::atomic<bool> groups_exist{true}, tokens_exist{true};
     at::parallel_for(0, slices_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slice = begin; slice < end; ++slice) {
+        if (!in_range(group_ + slice * tokens_, tokens_, groups_)) groups_exist = false;
+        if (!in_range(index_ + slice * groups_ * num_keys_, groups_ * num_keys_,
+                      tokens_)) {
+          tokens_exist = false;
+        }
+        if (!groups_exist || !tokens_exist) continue;
         int64_t* start = starts.data() + slice * (groups_ + 1);
         sort(slice, start);
         int64_t used = 0;
@@ -76,6 +82,10 @@ class Plan {
         }
       }
     });
+    TORCH_CHECK_INDEX(groups_exist, "group must name groups 0 to ", groups_ - 1,
+                      ", got one outside");
+    TORCH_CHECK_INDEX(tokens_exist, "index must name tokens 0 to ", tokens_ - 1,
+                      ", got one outside");
     for (int64_t slice = 0; slice < slices_; ++slice) {
       begin_.push_back(tasks_.size());
       if (masked_[slice]) {
@@ -231,13 +241,13 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
 template <class T>
 struct Gathered {
   Gathered(int64_t tasks, int64_t num_keys, int64_t head_dim)
-      : size(num_keys * padded_head_dim(head_dim)), data(tasks * 2 * size) {}
+      : size(num_keys * padded_head_dim(head_dim)), data(new T[tasks * 2 * size]) {}
 
-  T* key(int64_t task) { return data.data() + 2 * task * size; }
+  T* key(int64_t task) { return data.get() + 2 * task * size; }
   T* value(int64_t task) { return key(task) + size; }
 
   int64_t size;
-  std::vector<T> data;
+  std::unique_ptr<T[]> data;
 };
 
 // Adds up gathered gradients for the tokens of a slice: in place if the tensor's

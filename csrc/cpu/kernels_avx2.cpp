@@ -3,8 +3,8 @@
 
 #if defined(__x86_64__)
 MMDGT_TARGET_BEGIN("avx2,fma,f16c")
-#include "simd_avx2.h"
-#include "kernel_table.h"
+#include "simd_avx2-inl.h"
+#include "kernel_table-inl.h"
 MMDGT_TARGET_END
 
 namespace mmdgt::cpu {

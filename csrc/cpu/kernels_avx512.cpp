@@ -3,8 +3,8 @@
 
 #if defined(__x86_64__)
 MMDGT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#include "simd_avx512.h"
-#include "kernel_table.h"
+#include "simd_avx512-inl.h"
+#include "kernel_table-inl.h"
 MMDGT_TARGET_END
 
 namespace mmdgt::cpu {

@@ -3,9 +3,9 @@
 
 #if defined(__x86_64__)
 MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#include "simd_avx512.h"
-#include "kernel_table.h"
-#include "simd_avx512_bf16.h"
+#include "simd_avx512-inl.h"
+#include "kernel_table-inl.h"
+#include "simd_avx512_bf16-inl.h"
 MMDGT_TARGET_END
 
 namespace mmdgt::cpu {

@@ -1,7 +1,7 @@
 // Kernels for any machine; those for float64 everywhere.
 #include "kernel_includes.h"
 
-#include "kernel_table.h"
+#include "kernel_table-inl.h"
 
 namespace mmdgt::cpu {
 

@@ -1,7 +1,8 @@
 // Compiling the same kernels for several instruction sets. Everything between
-// MMDGT_TARGET_BEGIN and MMDGT_TARGET_END may use the named instructions; headers
-// are included before it, so that the inline functions that other files share
-// stay fit for every machine.
+// MMDGT_TARGET_BEGIN and MMDGT_TARGET_END may use the named instructions. The headers
+// named *-inl.h stand there, compiled once per instruction set; all others are included
+// before, so that the inline functions that other files share stay fit for every
+// machine.
 #pragma once
 
 #define MMDGT_PRAGMA(text) _Pragma(#text)

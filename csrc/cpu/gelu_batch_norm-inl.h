@@ -1,6 +1,5 @@
 // Batch norm of GELU over rows of channels: what stands between the convolutions of
 // stem and feed-forward network, in as few passes over memory as its statistics allow.
-// To be included inside a target region (target.h).
 #pragma once
 
 namespace mmdgt::cpu {

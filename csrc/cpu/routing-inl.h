@@ -1,6 +1,5 @@
 // Assignment of the queries to groups and selection of the keys: both score
-// tokens against centroids, one centroid per vector lane. To be included inside a
-// target region (target.h).
+// tokens against centroids, one centroid per vector lane.
 #pragma once
 
 namespace mmdgt::cpu {
@@ -37,8 +36,12 @@ class Scorer {
     scores_ = scratch.take<float>(kScoredTokens * width_);
   }
 
-  // Scores tokens first, first + stride, .. (`count` of them).
+  // Scores tokens first, first + stride, .. (`count` of them) into scores().
   MMDGT_INLINE void score(int64_t first, int64_t stride, int64_t count) {
+    score(first, stride, count, scores_);
+  }
+  // Or into rows of `width`, whole tiles of them.
+  MMDGT_INLINE void score(int64_t first, int64_t stride, int64_t count, float* to) {
     // Copies even of float32: rows far apart would be waited for one by one.
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = first + i * stride;
@@ -48,7 +51,7 @@ class Scorer {
     product<V, Singles<V>>(Left<float>{rows_, head_dim_, 1},
                            Right<float>{centroids_, width_},
                            round_up(count, V::kTileRows), head_dim_, width_ / V::kWidth,
-                           StoreTile<V>{scores_, width_});
+                           StoreTile<V>{to, width_});
   }
 
   // Of the i-th token scored: its D numbers, and its score for every centroid.
@@ -122,12 +125,13 @@ void assign(const AssignTask<T>& task, Scratch& scratch) {
   }
 }
 
-// By bisection scores that `wanted` of the tokens reach, centroid by centroid, or not
-// many more. scores (tokens, width) -> thresholds (width).
+// Bisects for scores that `wanted` of the tokens reach, centroid by centroid: within
+// 2^-steps of the range of scores, not many more do. scores (tokens, width) ->
+// thresholds (width).
 template <class V>
 void find_thresholds(const float* scores, int64_t tokens, int64_t width, float wanted,
-                     float* thresholds) {
-  constexpr int kSteps = 10;
+                     int steps, float* thresholds) {
+  constexpr uint32_t kAll = (1u << V::kWidth) - 1;
   for (int64_t g = 0; g < width; g += V::kWidth) {
     auto high = V::load(scores + g), low = high;
     for (int64_t i = 1; i < tokens; ++i) {
@@ -135,7 +139,8 @@ void find_thresholds(const float* scores, int64_t tokens, int64_t width, float w
       high = V::max(high, score);
       low = -V::max(-low, -score);
     }
-    for (int step = 0; step < kSteps; ++step) {
+    uint32_t exact = 0;
+    for (int step = 0; step < steps && exact != kAll; ++step) {
       const auto middle = V::broadcast(0.5f) * (low + high);
       typename V::Reg count[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
       int64_t i = 0;
@@ -151,6 +156,7 @@ void find_thresholds(const float* scores, int64_t tokens, int64_t width, float w
       }
       const auto reached = (count[0] + count[1]) + (count[2] + count[3]);
       const auto enough = reached >= V::broadcast(wanted);
+      exact |= V::equal(reached, V::broadcast(wanted));
       low = enough ? middle : low;
       high = enough ? high : middle;
     }
@@ -168,14 +174,12 @@ void estimate_thresholds(Scorer<V, T>& scorer, int64_t tokens, int64_t num_keys,
   // An odd stride, or else an image of even width is sampled in few columns.
   const int64_t stride = (tokens / samples - 1) | 1;
   for (int64_t first = 0; first < samples; first += kScoredTokens) {
-    scorer.score(first * stride, stride, kScoredTokens);
-    std::copy(scorer.scores(0), scorer.scores(0) + kScoredTokens * width,
-              sampled + first * width);
+    scorer.score(first * stride, stride, kScoredTokens, sampled + first * width);
   }
   // Four standard deviations above the expected number, and some.
   const float expected = static_cast<float>(num_keys) * samples / tokens;
   const float wanted = expected + 4 * std::sqrt(expected) + 4;
-  find_thresholds<V>(sampled, samples, width, wanted, thresholds);
+  find_thresholds<V>(sampled, samples, width, wanted, 10, thresholds);
 }
 
 // The keys that passed the threshold of one group, in the order of the tokens.
@@ -290,11 +294,12 @@ void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
   const int64_t width = round_up(groups, V::kWidth);
   const int64_t padded = round_up(tokens, V::kWidth);
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
-                (2 * padded + 1) * width * sizeof(float) +
+                (2 * padded + kScoredTokens + 1) * width * sizeof(float) +
                 (padded + V::kWidth) * (sizeof(uint32_t) + sizeof(int32_t)) +
                 wanted * sizeof(uint64_t));
   Scorer<V, T> scorer(task.key, tokens, task.centroids, groups, task.head_dim, scratch);
-  float* scores = scratch.take<float>(padded * width);      // (tokens, groups)
+  // (tokens, groups), and room for the last tile.
+  float* scores = scratch.take<float>((padded + kScoredTokens) * width);
   float* transposed = scratch.take<float>(width * padded);  // (groups, tokens)
   float* thresholds = scratch.take<float>(width);
   uint32_t* bits = scratch.take<uint32_t>(tokens);
@@ -302,12 +307,11 @@ void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
   uint64_t* work = scratch.take<uint64_t>(wanted);
   for (int64_t first = 0; first < tokens; first += kScoredTokens) {
     const int64_t count = std::min(kScoredTokens, tokens - first);
-    scorer.score(first, 1, count);
-    std::copy(scorer.scores(0), scorer.scores(0) + count * width, scores + first * width);
+    scorer.score(first, 1, count, scores + first * width);
   }
   std::fill(scores + tokens * width, scores + padded * width,
             -std::numeric_limits<float>::infinity());
-  find_thresholds<V>(scores, tokens, width, static_cast<float>(wanted), thresholds);
+  find_thresholds<V>(scores, tokens, width, static_cast<float>(wanted), 16, thresholds);
   transpose<V>(scores, width, transposed, padded, padded, width);
   for (int64_t g = 0; g < groups; ++g) {
     const float* row = transposed + g * padded;

@@ -1,6 +1,6 @@
 // Products of bfloat16 pairs, for AVX-512 with BF16. An operand's element is a
-// pair of neighbours in depth, a tile's float sums up both products. To be included
-// inside a target region (target.h), after simd_avx512.h and product.h.
+// pair of neighbours in depth, a tile's float sums up both products.
+// Comes after simd_avx512-inl.h and product-inl.h.
 #pragma once
 
 namespace mmdgt::cpu {

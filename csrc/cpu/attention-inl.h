@@ -1,8 +1,8 @@
-// Softmax attention of one group's queries over the group's keys (eq. 2), and its
-// gradients. To be included inside a target region (target.h).
+// Softmax attention of one group's queries over the group's keys, or of a slice's over
+// all keys under the groups' masks (eq. 2), and its gradients.
 //
-// K_g^T and V_g are packed once per task. Blocks of queries then pass through: the
-// scores of a block become probabilities in registers and meet V_g while in cache.
+// K^T and V are packed once per task. Blocks of queries then pass through: the scores of
+// a block become probabilities in registers and meet V while in cache.
 #pragma once
 
 namespace mmdgt::cpu {

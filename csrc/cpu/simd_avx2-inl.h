@@ -1,5 +1,5 @@
 // Vectors of eight floats, for AVX2 with FMA and F16C. The members are those of
-// Portable (simd_portable.h). To be included inside a target region (target.h).
+// Portable (simd_portable.h).
 #pragma once
 
 namespace mmdgt::cpu {

@@ -1,5 +1,5 @@
 // Depth-wise 3x3 convolutions of maps stored channels last: a pixel at a time, channel
-// by channel. To be included inside a target region (target.h).
+// by channel.
 #pragma once
 
 namespace mmdgt::cpu {

@@ -1,12 +1,11 @@
-// All kernels for one kind of vectors. To be included inside a target region
-// (target.h).
+// All kernels for one kind of vectors.
 #pragma once
 
-#include "product.h"
-#include "routing_kernels.h"
-#include "attention_kernels.h"
-#include "depthwise_conv_kernels.h"
-#include "gelu_batch_norm_kernels.h"
+#include "product-inl.h"
+#include "routing-inl.h"
+#include "attention-inl.h"
+#include "depthwise_conv-inl.h"
+#include "gelu_batch_norm-inl.h"
 
 namespace mmdgt::cpu {
 

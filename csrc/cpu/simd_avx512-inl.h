@@ -1,5 +1,5 @@
 // Vectors of sixteen floats, for AVX-512 (F, BW, DQ, VL). The members are those of
-// Portable (simd_portable.h). To be included inside a target region (target.h).
+// Portable (simd_portable.h).
 #pragma once
 
 namespace mmdgt::cpu {

@@ -1,5 +1,4 @@
-// Small matrix products with the result in registers. To be included inside a
-// target region (target.h).
+// Small matrix products with the result in registers.
 #pragma once
 
 namespace mmdgt::cpu {
