@@ -54,6 +54,7 @@ SETS = {
     'C': Shape(2, 2, 64000, 392),  # COCO 800 x 1280, stage 1
     'C3': Shape(2, 8, 4000, 392),  # COCO 800 x 1280, stage 3
     'E': Shape(1, 2, 65536, 392),  # ADE20K evaluation 512 x 2048, stage 1
+    'cpu196': Shape(4, 8, 196, 98),
     'cpu3136': Shape(1, 2, 3136, 98),
     'cpu16384': Shape(1, 2, 16384, 392),
     'cpu64000': Shape(1, 2, 64000, 392),

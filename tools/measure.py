@@ -181,7 +181,11 @@ def machine(device: str) -> dict:
         query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
     else:
         query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
+        info['instructions'] = torch.backends.cpu.get_cpu_capability()
         info['threads'] = torch.get_num_threads()
+        pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+        if pages.exists():  # such as "always [madvise] never"
+            info['large_pages'] = pages.read_text().split('[')[1].split(']')[0]
     for key, command in (
         ('driver' if device == 'cuda' else 'cpu', query),
         ('commit', ['git', 'rev-parse', 'HEAD']),

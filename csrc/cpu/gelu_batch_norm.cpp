@@ -1,13 +1,17 @@
 // Batch norm of GELU on the CPU: how the work is divided.
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "feature_maps.h"
 #include "kernels.h"
 #include "slices.h"
+
+#define MMDGT_DISPATCH(TENSOR, NAME, ...)                                           \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), \
+                                  NAME, __VA_ARGS__)
 
 namespace mmdgt::cpu {
 namespace {
@@ -15,6 +19,22 @@ namespace {
 // Numbers in the rows of one task: few enough for a core's cache. Fixed, so that sums
 // are added up in the same order whatever the number of threads.
 constexpr int64_t kTaskNumbers = 32768;
+
+void check_map(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.size(1) % kChannelStep == 0,
+              "x must have shape (B, C, H, W), not be empty and have a C that ",
+              kChannelStep, " divides, got ", x.sizes());
+  TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast),
+              "x must be stored channels last, got strides ", x.strides());
+}
+
+void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
+                  grad.is_contiguous(at::MemoryFormat::ChannelsLast),
+              "grad must be ", x.scalar_type(), " of shape ", x.sizes(),
+              ", stored channels last, got ", grad.scalar_type(), " of shape ",
+              grad.sizes(), " with strides ", grad.strides());
+}
 
 void check_channels(const at::Tensor& numbers, const char* name, const at::Tensor& x) {
   TORCH_CHECK(numbers.dim() == 1 && numbers.size(0) == x.size(1) &&

@@ -4,7 +4,6 @@
 #include "product-inl.h"
 #include "routing-inl.h"
 #include "attention-inl.h"
-#include "depthwise_conv-inl.h"
 #include "gelu_batch_norm-inl.h"
 
 namespace mmdgt::cpu {
@@ -24,8 +23,6 @@ Kernels<T> kernel_table() {
       gelu_batch_norm_elemt<V, T>,
       gelu_batch_norm_backward_reduce<V, T>,
       gelu_batch_norm_backward_elemt<V, T>,
-      depthwise_conv<V, T>,
-      depthwise_conv_backward_weight<V, T>,
   };
 }
 

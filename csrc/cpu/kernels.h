@@ -98,14 +98,6 @@ struct GeluRows {
   int64_t count, channels;
 };
 
-// A row of pixels of a map, the middle one, and the rows beside it.
-template <class T>
-struct ThreeRows {
-  const T* x[3];   // (width, channels) each, null beyond the border
-  const T* zeros;  // (channels), for pixels beyond the border
-  int64_t width, channels;
-};
-
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
@@ -138,10 +130,6 @@ struct Kernels {
                                          const accumulate_t<T>* scale,
                                          const accumulate_t<T>* slope,
                                          const accumulate_t<T>* shift, T* dx);
-  void (*depthwise_conv)(const ThreeRows<T>&, const accumulate_t<T>* weight,
-                         const accumulate_t<T>* bias, T* out);
-  void (*depthwise_conv_backward_weight)(const ThreeRows<T>&, const T* grad,
-                                         accumulate_t<T>* sums);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the

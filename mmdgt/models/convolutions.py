@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.depthwise_conv import depthwise_conv
+from ..ops.backend import without_autocast
 from .layout import feature_map, tokens
 
 
@@ -29,23 +29,16 @@ class PointwiseConv(nn.Conv2d):
         return feature_map(F.linear(tokens(x), weight, self.bias))
 
 
-class DepthwiseConv(nn.Conv2d):
-    """A padded 3x3 convolution of every channel by :func:`depthwise_conv`."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__(dims, dims, 3, padding=1, groups=dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return depthwise_conv(x, self.weight, self.bias)
-
-
-class ResidualDepthwiseConv(DepthwiseConv):
+class ResidualDepthwiseConv(nn.Conv2d):
     """``x + conv(x)`` for a depth-wise 3x3 convolution, as one convolution.
 
     Weights and their names are those of ``conv``; the sum is one more in the centre
-    of every kernel, and no second pass over the maps.
+    of every kernel, and no second pass over the maps. Autocast leaves x as it is:
+    rounding a residual stream to half precision would cost more than it saves.
     """
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
 
     def kernel(self) -> Tensor:
         """The weights (C, 1, 3, 3) of the one convolution."""
@@ -53,4 +46,6 @@ class ResidualDepthwiseConv(DepthwiseConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return depthwise_conv(x, self.kernel(), self.bias)
+        with without_autocast(x):
+            weight, bias = self.kernel().to(x.dtype), self.bias.to(x.dtype)
+            return self._conv_forward(x, weight, bias)

@@ -1,4 +1,4 @@
-"""What inference spares: batch norms and sums folded into their neighbours.
+"""What inference spares: batch norms folded into their neighbours.
 
 In evaluation mode a batch norm is a factor and a shift per channel. A 1x1
 convolution beside it takes both over. A 3x3 convolution behind it does not: it pads
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from .convolutions import DepthwiseConv, ResidualDepthwiseConv
 
 
 def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -54,12 +53,4 @@ def fold_norms(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> nn.Conv2
     folded = fuse_conv_bn_eval(conv.eval(), after.eval())
     folded.bias = nn.Parameter(folded.bias + folded.weight.flatten(1) @ affine.shift)
     folded.weight = nn.Parameter(folded.weight * affine.scale.view(-1, 1, 1))
-    return folded
-
-
-def fold_sum(conv: ResidualDepthwiseConv) -> DepthwiseConv:
-    """One convolution that equals ``x + conv(x)``."""
-    folded = DepthwiseConv(conv.in_channels).to(conv.weight)
-    folded.weight = nn.Parameter(conv.kernel().detach())
-    folded.bias = conv.bias
     return folded

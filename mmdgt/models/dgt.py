@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .attention import DynamicGroupAttention, GlobalAttention
 from .blocks import Block, DropPath, Layer, LayerNorm2d, Stage, Stem
-from .deploy import Affine, fold_sum
+from .deploy import Affine
 from .mixers import build_token_mixer
 
 LINEAR_STD = 0.02  # of the truncated normal that linear layers start from
@@ -235,9 +235,9 @@ class DGT(nn.Module):
     def switch_to_deploy(self) -> None:
         """Fold what inference can spare, once the checkpoint is loaded.
 
-        Batch norms and the sum of eq. 8 go into the convolutions beside them. The
-        outputs stay the same up to rounding, the keys of the state dict do not, and
-        the model can be trained no more.
+        Batch norms go into the convolutions beside them. The outputs stay the same up
+        to rounding, the keys of the state dict do not, and the model can be trained
+        no more.
 
         Raises:
             TypeError: If ``norm_layer`` makes no batch norms.
@@ -248,7 +248,6 @@ class DGT(nn.Module):
                 self.stem[i] = Affine(layer)
         for block in self.modules():
             if isinstance(block, Block):
-                block.cpe = fold_sum(block.cpe)
                 block.irffn.switch_to_deploy()
         self.requires_grad_(False)
         self.deployed = True

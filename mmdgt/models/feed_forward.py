@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .convolutions import PointwiseConv, ResidualDepthwiseConv
-from .deploy import Affine, fold_norms, fold_sum
+from .deploy import Affine, fold_norms
 from .gelu_norm import conv_of_norm
 
 
@@ -47,8 +47,7 @@ class IRFFN(nn.Module):
         return self.norm3(x)
 
     def switch_to_deploy(self) -> None:
-        """Fold the batch norms and the sum."""
+        """Fold the batch norms."""
         self.reduce = fold_norms(self.norm2, self.reduce, self.norm3)
-        self.depthwise = fold_sum(self.depthwise)
         self.norm1 = Affine(self.norm1)  # before a zero-padded convolution
         self.norm2 = self.norm3 = nn.Identity()

@@ -1,5 +1,7 @@
 """The norms behind a GELU: batch norms in one function where its kernels serve."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from .deploy import Affine, factor_and_shift
 def conv_of_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``conv(norm(GELU(x)))``, where it can keeping x alone for the gradients."""
     y = norm_of_gelu(norm, x)
-    with recomputed(y):
+    with recomputed(y) if _trains_fused(norm, x) else contextlib.nullcontext():
         return conv(y)
 
 
@@ -20,8 +22,7 @@ def norm_of_gelu(norm: nn.Module, x: Tensor) -> Tensor:
 
     Without gradients x may be overwritten.
     """
-    several = x.numel() > x.shape[1]  # one pixel has no variance
-    if _is_batch_norm(norm) and norm.training and several and serves(x):
+    if _trains_fused(norm, x):
         norm.num_batches_tracked.add_(1)
         momentum = norm.momentum
         if momentum is None:  # the mean of all batches
@@ -36,6 +37,12 @@ def norm_of_gelu(norm: nn.Module, x: Tensor) -> Tensor:
         if _is_batch_norm(norm) and not norm.training:
             return gelu_affine_(x, *factor_and_shift(norm))
     return norm(F.gelu(x))
+
+
+def _trains_fused(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels serve a training pass; one pixel has no variance."""
+    several = x.numel() > x.shape[1]
+    return _is_batch_norm(norm) and norm.training and several and serves(x)
 
 
 def _is_batch_norm(norm: nn.Module) -> bool:

@@ -115,7 +115,8 @@ class _GELUBatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mean, inverse_std, scale, _ = ctx.saved_tensors
+        x, mean, inverse_std, scale, _ = _saved(ctx)
+        del ctx.unpacked
         grad = grad.contiguous(memory_format=torch.channels_last)
         sum_dy, sum_dy_xmu = ops.gelu_batch_norm_backward_reduce(grad, x, mean)
         grad_weight = sum_dy_xmu * inverse_std
@@ -128,14 +129,24 @@ class _GELUBatchNorm(torch.autograd.Function):
         return grad_x, None, None, grad_weight, sum_dy, None, None
 
 
+def _saved(node: Any) -> tuple[Tensor, ...]:
+    """The saved tensors of a node, which a checkpoint allows to unpack only once."""
+    if not hasattr(node, 'unpacked'):
+        node.unpacked = node.saved_tensors
+    return node.unpacked
+
+
 def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
     """Compute y again for the gradients of what is called in a ``with`` block.
 
-    A convolution of y keeps y for its weight's gradient. Within the block it keeps none
-    if y comes from :func:`gelu_batch_norm`, which has kept all that y takes.
+    A convolution of y keeps y for its weight's gradient. Within the block it keeps
+    nothing for it: :func:`gelu_batch_norm` has kept all that y takes.
+
+    Args:
+        y (Tensor): What :func:`gelu_batch_norm` returned.
     """
     node = y.grad_fn
-    if not isinstance(node, _GELUBatchNorm._backward_cls):
+    if node is None:  # nothing asks for gradients
         return contextlib.nullcontext()
     place, size = y.data_ptr(), y.numel()
 
@@ -147,7 +158,7 @@ def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        x, _, _, scale, shift = node.saved_tensors
+        x, _, _, scale, shift = _saved(node)
         return ops.gelu_batch_norm_elemt(x, scale, shift).as_strided(*packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
