@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 
-
 def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """What a batch norm of C channels is in evaluation mode, (C,) each."""
     scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
