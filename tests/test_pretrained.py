@@ -237,6 +237,15 @@ def test_incomplete_weights(tmp_path, lost):
         load(tmp_path / 'w.pth')
 
 
+def test_weights_that_are_not_finite(tmp_path):
+    save(
+        tmp_path / 'w.pth',
+        lambda state: {**state, 'norm0.bias': state['norm0.bias'] / 0},
+    )
+    with pytest.raises(ValueError, match=r'w.pth has .* infinity: 1 \(norm0.bias\)'):
+        load(tmp_path / 'w.pth')
+
+
 def test_an_error_leaves_the_backbone_as_it_was(tmp_path):
     save(tmp_path / 'w.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'))

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
 
 from mmdgt.frameworks import FRAMEWORKS
+from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.openmmlab.apis.pictures import group_panels
 from mmdgt.visualization import find_groups
@@ -109,6 +110,7 @@ def main() -> None:
         '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all'
     )
     parser.add_argument('--port', type=int, default=7860)
+    add_allow_partial(parser)
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
     if not FRAMEWORKS[cfg.default_scope].localizes:
@@ -117,7 +119,9 @@ def main() -> None:
             ' tools/infer.py and tools/show_groups.py'
         )
     try:
-        application = build(Page(Predictor(cfg, args.checkpoint)))
+        application = build(
+            Page(Predictor(cfg, args.checkpoint, allow_partial=args.allow_partial))
+        )
     except ModuleNotFoundError as error:
         parser.error(f'{error}; the page needs Gradio: pip install ".[demo]"')
     application.launch(

@@ -49,7 +49,7 @@ def main() -> None:
     cfg = load_config(args)
     work_dir = Path(cfg.work_dir)
     runner = build_runner(cfg)
-    runner.load_checkpoint(str(args.checkpoint), strict=True)
+    runner.load_checkpoint(str(args.checkpoint))
     model = runner.model.eval()
     dataset = runner.build_dataloader(cfg.test_dataloader).dataset
 

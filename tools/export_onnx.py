@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import load_config, make_parser
-from mmdgt.openmmlab.pretrained import read_weights
+from mmdgt.openmmlab.checkpoints import load_weights, read_weights
 
 # Rounding may decide an almost-tie between two groups or keys the other way, and
 # with it all of a pixel's scores. So the mean error is held against a limit, over
@@ -60,7 +60,8 @@ def build(cfg: Config, checkpoint: str) -> Network:
         kind = dict(type='ClsDataPreprocessor')
         cfg.model.data_preprocessor = {**kind, **cfg.data_preprocessor}
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    model.load_state_dict(read_weights(checkpoint, 'cpu'))
+    partial = cfg.get('allow_partial', False)
+    load_weights(model, checkpoint, read_weights(checkpoint), partial)
     return Network(model).eval()
 
 

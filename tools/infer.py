@@ -11,6 +11,7 @@ import mmcv
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('input', type=Path, help='picture, folder of pictures or video')
     parser.add_argument('--out', type=Path, required=True, help='folder for results')
+    add_allow_partial(parser)
     args = parser.parse_args()
     if not args.input.exists():
         parser.error(f'there is no file or folder {args.input}')
@@ -73,7 +75,11 @@ def main() -> None:
         parser.error(f'--out must be another folder than that of the input, {folder}')
     is_video = args.input.is_file() and not cv2.haveImageReader(str(args.input))
     pictures = find_pictures(args.input) if args.input.is_dir() else [args.input]
-    predictor = Predictor(Config.fromfile(args.config), args.checkpoint)
+    predictor = Predictor(
+        Config.fromfile(args.config),
+        args.checkpoint,
+        allow_partial=args.allow_partial,
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     if is_video:
         draw_video(predictor, args.input, args.out)

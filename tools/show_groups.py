@@ -13,6 +13,7 @@ from pathlib import Path
 import mmcv
 from mmengine.config import Config
 
+from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.openmmlab.apis.pictures import group_panels
 from mmdgt.visualization import find_groups, group_at, group_statistics
@@ -45,10 +46,13 @@ def main() -> None:
         default=[],
         help='groups by number; without them and pixels, the three largest',
     )
+    add_allow_partial(parser)
     args = parser.parse_args()
     picture = read_image(args.image)
     checkpoint = None if args.checkpoint == 'random' else args.checkpoint
-    predictor = Predictor(Config.fromfile(args.config), checkpoint)
+    predictor = Predictor(
+        Config.fromfile(args.config), checkpoint, allow_partial=args.allow_partial
+    )
     image, inputs = predictor.see(picture)
     groups = find_groups(predictor.model, inputs, args.stage, args.block, args.head)
     drawn = group_panels(image, groups, args.pixels, args.groups)

@@ -17,6 +17,12 @@ def main() -> None:
         help='go on from a checkpoint, by default from the latest in the work dir',
     )
     parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='resume from a checkpoint that holds more than plain data, as older ones'
+        ' of the frameworks do; loading it can run any code',
+    )
+    parser.add_argument(
         '--amp',
         nargs='?',
         const='float16',
@@ -30,6 +36,8 @@ def main() -> None:
         help='scale the learning rate by the batch size over the one of the config',
     )
     args = parser.parse_args()
+    if args.trust and not args.resume:
+        parser.error('--trust is for --resume')
     cfg = load_config(args)
     check_data(cfg, 'train_dataloader', *['val_dataloader'] * bool(cfg.val_cfg))
     if args.amp == 'float16' and get_device() == 'cpu':
@@ -42,6 +50,7 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.trust = args.trust
 
     build_runner(cfg).train()
     leave_processes()

@@ -4,16 +4,14 @@ import os
 import re
 from collections.abc import Collection
 
-import torch
-from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.blocks import refuse_old_weights
+from .checkpoints import misfits, read_weights, some
 
 OUTPUT_NORM, STAGE = r'norm\d+\.', r'stages\.\d+\.'
-NAMED = 3  # keys that a message names
 
 
 def strict_init(init_cfg: dict | list[dict] | None) -> list[dict]:
@@ -47,7 +45,6 @@ class StrictPretrainedInit(PretrainedInit):
             under ``state_dict`` or ``model``. None leaves the module as it is.
         prefix (str, optional): What precedes the backbone's keys, such as
             'backbone.'.
-        map_location (str): Device to read the checkpoint to.
     """
 
     def __call__(self, module: nn.Module) -> None:
@@ -61,7 +58,7 @@ class StrictPretrainedInit(PretrainedInit):
         if self.checkpoint is None:
             return
         file = os.path.expanduser(self.checkpoint)
-        there, own = read_weights(file, self.map_location), module.state_dict()
+        there, own = read_weights(file), module.state_dict()
         prefix = f'{self.prefix.rstrip(".")}.' if self.prefix else ''
         weights = {
             key.removeprefix(prefix): value
@@ -71,77 +68,26 @@ class StrictPretrainedInit(PretrainedInit):
         refuse_old_weights(weights)
         if not weights.keys() & own.keys():
             raise ValueError(_wrong_prefix(file, prefix, there, next(iter(own))))
-        missing = [key for key in own if key not in weights]
-        unexpected = [key for key in weights if key not in own]
-        new = _of_absent_parts(missing, weights, OUTPUT_NORM)
-        unused = _of_absent_parts(unexpected, own, f'{OUTPUT_NORM}|{STAGE}')
-        problems = {
-            'missing': [key for key in missing if key not in new],
-            'unexpected': [key for key in unexpected if key not in unused],
-            'of another shape': [
-                f'{key} {tuple(weights[key].shape)} there, {tuple(x.shape)} here'
-                for key, x in own.items()
-                if key in weights and weights[key].shape != x.shape
-            ],
-        }
+        problems = misfits(own, weights)
+        if bad := problems.pop('not finite'):
+            raise ValueError(
+                f'{file} has tensors with NaN or infinity: {some(bad)}. Its training'
+                f' went wrong: take an earlier checkpoint'
+            )
+        new = _of_absent_parts(problems['missing'], weights, OUTPUT_NORM)
+        unused = _of_absent_parts(problems['unexpected'], own, f'{OUTPUT_NORM}|{STAGE}')
+        problems['missing'] = [k for k in problems['missing'] if k not in new]
+        problems['unexpected'] = [k for k in problems['unexpected'] if k not in unused]
         if any(problems.values()):
             raise ValueError(_misfit(file, problems))
         module.load_state_dict(weights, strict=False)
         print_log(
             f'{type(module).__name__}: loaded {len(weights) - len(unused)} tensors of'
-            f' {file}; not in it and left as initialised: {_some(new)}; in it and not'
-            f' used: {_some(unused)}',
+            f' {file}; not in it and left as initialised: {some(new)}; in it and not'
+            f' used: {some(unused)}',
             logger='current',
         )
         update_init_info(module, init_info=f'Loaded from {file}')
-
-
-def read_weights(file: str, map_location: str) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint with ``weights_only=True``.
-
-    Args:
-        file (str): File or URL.
-        map_location (str): Device.
-
-    Returns:
-        dict: Every tensor by its name.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If torch can't read it safely, or if it is no checkpoint.
-    """
-    try:
-        with get_local_path(file) as path:
-            loaded = torch.load(path, map_location, weights_only=True)
-    except OSError as error:
-        raise OSError(
-            f'init_cfg.checkpoint must name a file or URL that can be read, got {file}:'
-            f' {error}. None starts from random weights'
-        ) from error
-    except Exception as error:  # of what kind depends on where the reading stopped
-        cause = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
-        cause = (cause or repr(error)).splitlines()[0].split('. ')[0]
-        raise ValueError(
-            f'{file} is damaged, is no checkpoint or holds more than plain data:'
-            f' {cause}. Copy it again; or, if you trust it, keep its weights alone:'
-            f' torch.save(torch.load({file!r}, weights_only=False)["state_dict"], ...)'
-        ) from error
-    weights = loaded
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(loaded, dict) and wrapper in loaded:
-            weights = loaded[wrapper]
-            break
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        got = _some(loaded) if isinstance(loaded, dict) else type(loaded).__name__
-        raise ValueError(
-            f'{file} is no checkpoint: expected tensors by their names, bare or under'
-            f" 'state_dict' or 'model', got {got}"
-        )
-    return weights
 
 
 def _of_absent_parts(
@@ -150,14 +96,6 @@ def _of_absent_parts(
     """Those keys of the parts (a pattern) from which there is none in the others."""
     present = {found[0] for key in others if (found := re.match(part, key))}
     return [k for k in keys if (found := re.match(part, k)) and found[0] not in present]
-
-
-def _some(keys: Collection[str]) -> str:
-    """The number of keys and the first of them."""
-    if not keys:
-        return 'none'
-    more = ', ...' if len(keys) > NAMED else ''
-    return f'{len(keys)} ({", ".join(list(map(str, keys))[:NAMED])}{more})'
 
 
 def _wrong_prefix(file: str, prefix: str, keys: Collection[str], one: str) -> str:
@@ -176,7 +114,7 @@ def _misfit(file: str, problems: dict[str, list[str]]) -> str:
     named = [key for kind in problems.values() for key in kind]
     centroids_alone = all(key.split()[0].endswith('.centroids') for key in named)
     cause = 'num_groups' if centroids_alone else 'arch, in_channels or norm_cfg'
-    kinds = '; '.join(f'{kind}: {_some(keys)}' for kind, keys in problems.items())
+    kinds = '; '.join(f'{kind}: {some(keys)}' for kind, keys in problems.items())
     return (
         f'{file} holds the weights of another backbone, {kinds}. Probably'
         f' its {cause} differs: set it as in pre-training'

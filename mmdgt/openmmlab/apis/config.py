@@ -35,9 +35,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default='none',
         help='job launcher',
     )
+    add_allow_partial(parser)
     # torch.distributed.launch passes it; torchrun sets the variable instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
+
+
+def add_allow_partial(parser: argparse.ArgumentParser) -> None:
+    """The one way to use weights that are not those of the model."""
+    parser.add_argument(
+        '--allow-partial',
+        action='store_true',
+        help='load what fits of a checkpoint, and only warn of tensors that are'
+        ' missing, unexpected, of another shape or not finite',
+    )
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -60,6 +71,8 @@ def load_config(args: argparse.Namespace) -> Config:
         if loader in cfg and cfg[loader] and not cfg[loader].get('num_workers'):
             cfg[loader].persistent_workers = False  # There is none to persist.
     cfg.launcher = args.launcher
+    if args.allow_partial:
+        cfg.allow_partial = True
     default = os.path.join('work_dirs', Path(args.config).stem)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or default
     return cfg

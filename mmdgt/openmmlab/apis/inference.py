@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...frameworks import FRAMEWORKS
 from ...visualization import viewable
-from ..pretrained import read_weights
+from ..checkpoints import load_weights, read_weights
 
 LOADING = ('LoadImageFromFile', 'LoadAnnotations')
 
@@ -46,6 +46,7 @@ class Predictor:
         checkpoint (str, optional): File or URL of its weights, all of which have to
             fit. None leaves the weights random.
         device (str, optional): Defaults to a GPU where there is one.
+        allow_partial (bool): Whether weights that do not fit are only warned of.
 
     Raises:
         OSError: If there is no such checkpoint.
@@ -53,11 +54,16 @@ class Predictor:
     """
 
     def __init__(
-        self, cfg: Config, checkpoint: str | None, device: str | None = None
+        self,
+        cfg: Config,
+        checkpoint: str | None,
+        device: str | None = None,
+        allow_partial: bool = False,
     ) -> None:
         init_default_scope(cfg.default_scope)
         self.framework = FRAMEWORKS[cfg.default_scope]
-        self.model = build_model(cfg, checkpoint).to(device or get_device())
+        self.model = build_model(cfg, checkpoint, allow_partial)
+        self.model.to(device or get_device())
         dataset = cfg.test_dataloader.dataset
         self.metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
         self.pipeline = Compose(
@@ -110,24 +116,19 @@ class Predictor:
         return viewable(item['inputs']), inputs
 
 
-def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
+def build_model(
+    cfg: Config, checkpoint: str | None, allow_partial: bool = False
+) -> nn.Module:
     """Build the model of a config for one process, in evaluation mode.
 
     Args:
         cfg (Config): Its default scope is the one that is set.
-        checkpoint (str, optional): As for :class:`Predictor`.
+        checkpoint (str, optional), allow_partial (bool): As for :class:`Predictor`.
     """
     settings = dict(cfg.model)
     if 'data_preprocessor' in cfg:  # as the Runner hands it over
         settings.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(settings)).eval()
     if checkpoint is not None:
-        try:
-            model.load_state_dict(read_weights(checkpoint, 'cpu'))
-        except RuntimeError as error:  # lists every name that does not fit
-            first = '; '.join(str(error).split('\n\t')[1:3])
-            raise ValueError(
-                f'{checkpoint} holds the weights of another model than the config'
-                f' describes: {first[:300]}'
-            ) from error
+        load_weights(model, checkpoint, read_weights(checkpoint), allow_partial)
     return model

@@ -3,14 +3,28 @@
 import logging
 import os
 import sys
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import barrier, get_backend, is_distributed
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import (
+    BaseTTAModel,
+    MMDistributedDataParallel,
+    is_model_wrapper,
+    revert_sync_batchnorm,
+)
 from mmengine.runner import Runner
 from torch import nn
+
+from ..checkpoints import (
+    check_resumable,
+    load_weights,
+    read_checkpoint,
+    secure_framework,
+    weights_of,
+)
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -20,8 +34,9 @@ def build_runner(cfg: Config) -> Runner:
         cfg (Config): Its ``launcher`` says how the processes were started. Those of
             torchrun need no GPU: without one they run on the CPU.
     """
+    secure_framework()
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
-    return (CPURunner if on_cpu else Runner).from_cfg(cfg)
+    return (CPURunner if on_cpu else StrictRunner).from_cfg(cfg)
 
 
 def leave_processes() -> None:
@@ -42,7 +57,43 @@ def leave_processes() -> None:
         os._exit(0)
 
 
-class CPURunner(Runner):
+class StrictRunner(Runner):
+    """A Runner that takes a checkpoint whole or not at all.
+
+    mmengine's unpickles what it cannot read safely and loads what fits. ``trust`` and
+    ``allow_partial`` of the config allow the one and the other.
+    """
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', **_: Any
+    ) -> dict:
+        """Load the weights of a checkpoint, return all that it holds.
+
+        Args:
+            filename (str): File or URL.
+            map_location: It is read to the CPU in any case.
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If it can't be read safely, belongs to another model or, when
+                resuming, has no state of a training.
+        """
+        checkpoint = read_checkpoint(filename, self.cfg.get('trust', False))
+        if self._resume:
+            check_resumable(filename, checkpoint)
+        checkpoint['state_dict'] = weights_of(filename, checkpoint)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        partial = self.cfg.get('allow_partial', False)
+        load_weights(model, filename, checkpoint['state_dict'], partial)
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
+
+
+class CPURunner(StrictRunner):
     """A Runner for several processes on the CPU, where mmengine's wants GPUs.
 
     The processes talk through gloo. SyncBN, which torch has for GPUs only, becomes

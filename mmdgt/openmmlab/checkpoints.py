@@ -1,0 +1,198 @@
+"""The one way in for checkpoints: nothing is run, nothing is left out silently."""
+
+import logging
+import zipfile
+from collections.abc import Collection, Mapping
+
+import torch
+from mmengine.fileio import get_local_path
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+from ..models.blocks import refuse_old_weights
+
+NAMED = 3  # keys that a message names
+# Of a checkpoint that training can go on from, beside its weights.
+STATES = ('meta', 'message_hub', 'optimizer')
+
+
+def read_checkpoint(file: str, trust: bool = False) -> dict:
+    """Read a checkpoint of plain data, to the CPU.
+
+    Args:
+        file (str): File or URL.
+        trust (bool): Whether to unpickle whatever it holds, which may run any code.
+
+    Returns:
+        dict: What it holds.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is damaged, no checkpoint, or more than plain data.
+    """
+    try:
+        with get_local_path(str(file)) as path:
+            _check_sums(path)
+            loaded = torch.load(path, 'cpu', weights_only=not trust)
+    except OSError as error:
+        raise OSError(
+            f'a checkpoint must name a file or URL that can be read, got {file}:'
+            f' {error}'
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of what kind depends on where the reading stopped
+        cause = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
+        cause = (cause or repr(error)).splitlines()[0].split('. ')[0]
+        raise ValueError(
+            f'{file} is damaged, is no checkpoint or holds more than plain data:'
+            f' {cause}. Copy it again; or, if you trust it, keep its weights alone:'
+            f' torch.save(torch.load({str(file)!r}, weights_only=False)["state_dict"],'
+            f' ...). To resume a training from it, tools/train.py has --trust'
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(_no_checkpoint(file, loaded))
+    return loaded
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """Read the weights alone, bare or under ``state_dict`` or ``model``.
+
+    Args:
+        file (str): File or URL.
+
+    Returns:
+        dict: Every tensor by its name.
+
+    Raises:
+        OSError, ValueError: As :func:`read_checkpoint`, or if it has no weights.
+    """
+    return weights_of(file, read_checkpoint(file))
+
+
+def weights_of(file: str, checkpoint: dict) -> dict[str, Tensor]:
+    """The weights of a checkpoint that was read; ``file`` is named in errors."""
+    wrapper = next((key for key in ('state_dict', 'model') if key in checkpoint), None)
+    weights = checkpoint[wrapper] if wrapper else checkpoint
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        raise ValueError(_no_checkpoint(file, checkpoint))
+    return weights
+
+
+def load_weights(
+    model: nn.Module,
+    file: str,
+    weights: Mapping[str, Tensor],
+    allow_partial: bool = False,
+) -> None:
+    """Load weights into a model: all of them, and all of its.
+
+    Args:
+        model (nn.Module): What they belong to.
+        file (str): Where they are from, for messages.
+        weights (Mapping[str, Tensor]): By their names.
+        allow_partial (bool): Whether to warn of what does not fit and load the rest.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected, of another shape or not
+            finite; nothing is loaded then.
+    """
+    refuse_old_weights(weights)
+    problems = misfits(model.state_dict(), weights)
+    named = '; '.join(f'{kind}: {some(keys)}' for kind, keys in problems.items())
+    bad = {key.split()[0] for keys in problems.values() for key in keys}
+    if bad and not allow_partial:
+        raise ValueError(
+            f'{file} does not hold the weights of the model that the config describes,'
+            f' all of them and finite; {named}. Take the checkpoint that was trained'
+            f' with this config; the tools load what fits of another by --allow-partial'
+        )
+    fitting = {key: value for key, value in weights.items() if key not in bad}
+    if bad:
+        print_log(
+            f'{file}: only {len(fitting)} tensors are loaded; {named}',
+            logger='current',
+            level=logging.WARNING,
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def misfits(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """What keeps weights from a model, by the kind of it.
+
+    Args:
+        own (Mapping[str, Tensor]): The state dict of the model.
+        weights (Mapping[str, Tensor]): Those to load.
+    """
+    return {
+        'missing': [key for key in own if key not in weights],
+        'unexpected': [key for key in weights if key not in own],
+        'of another shape': [
+            f'{key} {tuple(weights[key].shape)} there, {tuple(x.shape)} here'
+            for key, x in own.items()
+            if key in weights and weights[key].shape != x.shape
+        ],
+        'not finite': not_finite(weights),
+    }
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors that hold a NaN or an infinity."""
+    return [key for key, x in tensors.items() if not x.isfinite().all()]
+
+
+def check_resumable(file: str, checkpoint: dict) -> None:
+    """Raise a ValueError if a checkpoint has weights, but no state of a training."""
+    missing = [key for key in STATES if key not in checkpoint]
+    if missing:
+        raise ValueError(
+            f'{file} has no {", ".join(missing)}, so no training can go on from it;'
+            f' to start a new one from its weights, run tools/train.py without'
+            f' --resume and with --cfg-options load_from={file}'
+        )
+
+
+def load_from_plain_data(file: str, map_location: str | None = None) -> dict:
+    """A loader for mmengine, whose own unpickles all that it cannot read safely."""
+    return read_checkpoint(file)
+
+
+def secure_framework() -> None:
+    """Let all of OpenMMLab read checkpoints by :func:`read_checkpoint` from now on."""
+    CheckpointLoader.register_scheme(
+        ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'],
+        load_from_plain_data,
+        force=True,
+    )
+
+
+def some(keys: Collection[str]) -> str:
+    """The number of keys and the first of them."""
+    if not keys:
+        return 'none'
+    more = ', ...' if len(keys) > NAMED else ''
+    return f'{len(keys)} ({", ".join(list(map(str, keys))[:NAMED])}{more})'
+
+
+def _check_sums(file: str) -> None:
+    """Raise a ValueError if a checksum is wrong; torch stores them, but reads past."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+        if bad:
+            raise ValueError(f'the checksum of {bad} is wrong')
+
+
+def _no_checkpoint(file: str, loaded: object) -> str:
+    got = some(loaded) if isinstance(loaded, dict) else type(loaded).__name__
+    return (
+        f'{file} is no checkpoint: expected tensors by their names, bare or under'
+        f" 'state_dict' or 'model', got {got}"
+    )
