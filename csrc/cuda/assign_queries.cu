@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
                   int* __restrict__ group, int num_tokens, int num_groups, int dim,
                   int chunk) {
   constexpr int N = kTokenTiles<T, D>;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ int nan_group;  // the first centroid with a NaN, which beats all
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     sum_kernel(Rows<const T> query, const int* __restrict__ group,
                float* __restrict__ sums, int* __restrict__ counts, int batch,
                int num_tokens, int num_groups, int dim, int parts) {
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   const int warps = blockDim.x / 32;
   auto* all_sums = reinterpret_cast<float*>(shared);  // [warp][G][32]
   auto* all_counts = reinterpret_cast<int*>(all_sums + warps * num_groups * 32);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
     const at::Tensor& query, const at::Tensor& centroids, bool with_sums) {
-  const c10::cuda::CUDAGuard guard(query.device());
+  const c10::DeviceGuard guard(query.device());
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2);
   const int64_t G = centroids.size(1), D = query.size(3);
   const auto ints = query.options().dtype(at::kInt);
@@ -222,9 +222,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
     if (!with_sums) return;
     const int64_t warps = std::clamp<int64_t>((64 << 10) / (G * 128), 1, kWarps);
     const int64_t slices = ceil_div(D, 32);
-    const int64_t parts = std::clamp<int64_t>(
-        4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount / (H * slices), 1,
-        ceil_div(B * ceil_div(L, 32), warps));
+    const int64_t parts = std::clamp<int64_t>(4 * num_multiprocessors() / (H * slices), 1,
+                                              ceil_div(B * ceil_div(L, 32), warps));
     sums = at::empty({parts, H, G, D}, floats);
     counts = at::empty({parts, H, G}, ints);
     launch(sum_kernel<T, kWidth>,
@@ -241,6 +240,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
 
 }  // namespace
 
-REGISTER_DEVICE_IMPL(assign_queries_impl, CUDA, assign_queries_cuda);
+REGISTER_KERNELS(assign_queries_impl, assign_queries_cuda);
 
 }  // namespace mmdgt

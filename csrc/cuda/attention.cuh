@@ -10,12 +10,6 @@ namespace mmdgt {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Sum and maximum over the four lanes that hold a row of a C tile.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
@@ -48,7 +42,7 @@ struct OnlineSoftmax {
       }
       high = quad_max(high);
       lowered[half] = high == -INFINITY ? 0.f : high * scale_log2;
-      const float factor = exp2_approx(highest[half] * scale_log2 - lowered[half]);
+      const float factor = ptx::exp2_approx(highest[half] * scale_log2 - lowered[half]);
       highest[half] = high;
       sum[half] *= factor;
 #pragma unroll
@@ -63,7 +57,7 @@ struct OnlineSoftmax {
       for (int n = 2 * t; n < 2 * t + 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s[n][i] = exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
+          s[n][i] = ptx::exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
           sum[i / 2] += s[n][i];
         }
       }
@@ -125,7 +119,7 @@ struct KeyPipeline {
   __device__ __forceinline__ void copy(int stage) const {
     gather.copy(stage_memory(stage), key, key_stride, dim);
     gather.copy(stage_memory(stage) + kStageBytes, value, value_stride, dim);
-    commit_copies();
+    ptx::commit_copies();
   }
 
   // Calls use(stage) for every stage once it has arrived, by all threads. The
@@ -137,9 +131,9 @@ struct KeyPipeline {
       if (stage < last) {
         copy(stage + 1);
         look_up(stage + 2);
-        wait_for_copies<1>();
+        ptx::wait_for_copies<1>();
       } else {
-        wait_for_copies<0>();
+        ptx::wait_for_copies<0>();
       }
       __syncthreads();
       use(stage);

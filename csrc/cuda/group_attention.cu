@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
                   float* __restrict__ logsumexp, int num_tokens, int num_groups,
                   int num_keys, int num_tiles, int dim, float scale) {
   constexpr int kQueries = 16 * kWarps;
-  extern __shared__ __align__(128) char shared[];
+  char* shared = dynamic_shared();
   const Memory<T, D, kWarps, kKeys> memory{shared};
   tiles += own_head() * num_tiles;
   index += own_head() * num_groups * num_keys;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
       if (threadIdx.x < kQueries) memory.tokens(ahead)[threadIdx.x] = own_token;
       ++ahead;
     }
-    commit_copies();
+    ptx::commit_copies();
   };
 
   look_up();
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
       if (found) {
         copy(stage + 1);
         look_up();
-        wait_for_copies<1>();
+        ptx::wait_for_copies<1>();
       } else {
-        wait_for_copies<0>();
+        ptx::wait_for_copies<0>();
       }
       __syncthreads();
       if (of_tile == 0) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
 std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {
-  const c10::cuda::CUDAGuard guard(query.device());
+  const c10::DeviceGuard guard(query.device());
   const int64_t L = query.size(2), G = index.size(2), K = index.size(3);
   at::Tensor out = empty_heads_last(query);
   at::Tensor logsumexp = at::empty(group.sizes(), query.options().dtype(at::kFloat));
@@ -206,6 +206,6 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
 
 }  // namespace
 
-REGISTER_DEVICE_IMPL(group_attention_impl, CUDA, group_attention_cuda);
+REGISTER_KERNELS(group_attention_impl, group_attention_cuda);
 
 }  // namespace mmdgt

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
                       const int* __restrict__ index, const float* __restrict__ logsumexp,
                       float* __restrict__ delta_out, Rows<T> grad_query, int num_tokens,
                       int num_groups, int num_keys, int dim, float scale) {
-  extern __shared__ __align__(128) char shared[];
+  char* shared = dynamic_shared();
   const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
   if (begin == end) return;
   order += own_head() * num_tokens;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float p = exp2_approx(s[n][i] * scale_log2 - lse_log2[i / 2]);
+          const float p = ptx::exp2_approx(s[n][i] * scale_log2 - lse_log2[i / 2]);
           s[n][i] = p * (dp[n][i] - delta[i / 2]);
         }
         if (first + 8 * n + 8 > count) {
@@ -186,10 +186,12 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
     if (threadIdx.x < kQueries) {
       const int at = max(own_token, 0);
       float2* target = &statistic[stage % 2][threadIdx.x];
-      copy_float_async(&target->x, logsumexp + at, own_token >= 0);
-      copy_float_async(&target->y, delta + at, own_token >= 0);
+      ptx::copy_4_bytes_async(ptx::shared_address(&target->x), logsumexp + at,
+                              own_token >= 0);
+      ptx::copy_4_bytes_async(ptx::shared_address(&target->y), delta + at,
+                              own_token >= 0);
     }
-    commit_copies();
+    ptx::commit_copies();
   };
   look_up(0);
 
@@ -222,9 +224,9 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
     if (stage + 1 < stages) {
       copy(stage + 1);
       look_up(stage + 2);
-      wait_for_copies<1>();
+      ptx::wait_for_copies<1>();
     } else {
-      wait_for_copies<0>();
+      ptx::wait_for_copies<0>();
     }
     __syncthreads();
     if (active) {
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float2 own = i % 2 ? odd : even;
-              p[m][n][i] = exp2_approx(p[m][n][i] * scale_log2 - own.x * kLog2E);
+              p[m][n][i] = ptx::exp2_approx(p[m][n][i] * scale_log2 - own.x * kLog2E);
               ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - own.y);
             }
           }
@@ -432,7 +434,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
     const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
-  const c10::cuda::CUDAGuard guard(query.device());
+  const c10::DeviceGuard guard(query.device());
   const int64_t L = query.size(2), D = query.size(3);
   const int64_t G = index.size(2), K = index.size(3);
   at::Tensor grad_query = empty_heads_last(query);
@@ -494,6 +496,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
 
 }  // namespace
 
-REGISTER_DEVICE_IMPL(group_attention_backward_impl, CUDA, group_attention_backward_cuda);
+REGISTER_KERNELS(group_attention_backward_impl, group_attention_backward_cuda);
 
 }  // namespace mmdgt

@@ -1,15 +1,60 @@
-// What every launch needs: types and head dims as template arguments, the current
-// stream, and a check.
+// What every launch needs: the GPU, types and head dims as template arguments, grids.
 #pragma once
 
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "rows.cuh"
+
+#ifdef MMDGT_EMULATE
+#include "../emulation/launch.h"
+#endif
+
+#ifndef MMDGT_EMULATE  // clang-format tears >>> apart after #else
+
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+
+// Registers a function as the GPU's implementation of an operator.
+#define REGISTER_KERNELS(op_impl, function) REGISTER_DEVICE_IMPL(op_impl, CUDA, function)
+
+namespace mmdgt {
+
+inline int64_t num_multiprocessors() {
+  return at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+}
+
+// Bytes of shared memory that a block can ask for.
+inline size_t max_shared_bytes() {
+  return at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+}
+
+// The shared memory that the launch asked for.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// Starts a kernel on the current stream. Blocks get more than 48 KB of shared memory,
+// what they declare themselves included, only after asking for it.
+template <typename... Parameters, typename... Arguments>
+void start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+           Arguments&&... arguments) {
+  if (shared_bytes > 32 << 10) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
+      std::forward<Arguments>(arguments)...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace mmdgt
+
+#endif
 
 namespace mmdgt {
 
@@ -47,23 +92,14 @@ inline dim3 grid_of_heads(int64_t blocks, const at::Tensor& tokens) {
               static_cast<unsigned>(tokens.size(0)));
 }
 
-// Launches a kernel on the current stream. Blocks get more than 48 KB of shared
-// memory, what they declare themselves included, only after asking for it.
+// Starts a kernel, or tells that the GPU has too little shared memory for it.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
             Arguments&&... arguments) {
-  if (shared_bytes > 32 << 10) {
-    const size_t most = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
-    TORCH_CHECK(shared_bytes + 4096 <= most, "these sizes need ", shared_bytes,
-                " bytes of shared memory, this GPU has ", most,
-                "; use fewer groups, a smaller head dim or the reference back end");
-    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-  }
-  kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
-      std::forward<Arguments>(arguments)...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  TORCH_CHECK(shared_bytes + 4096 <= max_shared_bytes(), "these sizes need ",
+              shared_bytes, " bytes of shared memory, this GPU has ", max_shared_bytes(),
+              "; use fewer groups, a smaller head dim or the reference back end");
+  start(kernel, grid, threads, shared_bytes, std::forward<Arguments>(arguments)...);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,8 +108,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `per_processor` blocks run on every multiprocessor at once.
 inline int64_t resident_blocks(int64_t pieces, int64_t per_processor,
                                const at::Tensor& tokens) {
-  const int64_t blocks =
-      per_processor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const int64_t blocks = per_processor * num_multiprocessors();
   const int64_t heads = tokens.size(0) * tokens.size(1);
   return std::clamp<int64_t>(blocks / heads, 1, pieces);
 }
@@ -81,7 +116,7 @@ inline int64_t resident_blocks(int64_t pieces, int64_t per_processor,
 // Tokens of one head that a block serves, `step` at a time: as many as leave every
 // multiprocessor a few blocks, and all blocks of a head about equally many.
 inline int64_t tokens_per_block(int64_t num_tokens, int64_t heads, int64_t step) {
-  const int64_t blocks = 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const int64_t blocks = 4 * num_multiprocessors();
   const int64_t steps =
       std::clamp<int64_t>(ceil_div(heads * num_tokens, step * blocks), 1, 16);
   return ceil_div(ceil_div(num_tokens, ceil_div(num_tokens, step * steps)), 32) * 32;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
                   const int* __restrict__ group, const int* __restrict__ index,
                   Rows<T> out, float* __restrict__ logsumexp, int num_tokens,
                   int num_groups, int num_keys, int dim, float scale) {
-  extern __shared__ __align__(128) char shared[];
+  char* shared = dynamic_shared();
   const int64_t bh = own_head();
   const int padded = (num_tokens + 15) / 16 * 16, words = (num_tokens + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
   auto* seen = reinterpret_cast<uint32_t*>(shared + 2 * padded * kDim * sizeof(T));
   copy_head(keys, key.head(), key.token_stride, num_tokens, padded, dim);
   copy_head(values, value.head(), value.token_stride, num_tokens, padded, dim);
-  commit_copies();
+  ptx::commit_copies();
   fill_masks(seen + padded * words, seen, group + bh * num_tokens,
              index + bh * num_groups * num_keys, num_tokens, padded, num_groups,
              num_keys);
-  wait_for_copies<0>();
+  ptx::wait_for_copies<0>();
   __syncthreads();
 
   const float scale_log2 = positive_scale_log2(scale);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
                            const float* __restrict__ logsumexp, Rows<T> grad_query,
                            Rows<T> grad_key, Rows<T> grad_value, int num_tokens,
                            int num_groups, int num_keys, int dim, float scale) {
-  extern __shared__ __align__(128) char shared[];
+  char* shared = dynamic_shared();
   __shared__ float2 statistic[kMaxTokens];  // logsumexp * log2(e), delta
   const int64_t bh = own_head();
   const int padded = (num_tokens + 15) / 16 * 16, words = (num_tokens + 31) / 32;
@@ -168,11 +168,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
   copy_head(values, value.head(), value.token_stride, num_tokens, padded, dim);
   copy_head(queries, query.head(), query.token_stride, num_tokens, padded, dim);
   copy_head(grads, grad_out.head(), grad_out.token_stride, num_tokens, padded, dim);
-  commit_copies();
+  ptx::commit_copies();
   fill_masks(seen + padded * words, seen, group + bh * num_tokens,
              index + bh * num_groups * num_keys, num_tokens, padded, num_groups,
              num_keys);
-  wait_for_copies<0>();
+  ptx::wait_for_copies<0>();
   __syncthreads();
 
   const float scale_log2 = scale * kLog2E;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float p = exp2_approx(s[n][i] * scale_log2 - lse_log2[i / 2]);
+          const float p = ptx::exp2_approx(s[n][i] * scale_log2 - lse_log2[i / 2]);
           const bool sees = bits[i / 2] >> (8 * n + i % 2) & 1;
           s[n][i] = sees ? p * (dp[n][i] - delta[i / 2]) : 0.f;
         }
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
             float& probability = p[n][2 * half + odd];
             float& gradient = ds[n][2 * half + odd];
             const bool sees = bits >> (8 * half) & 1;
-            probability = sees ? exp2_approx(probability * scale_log2 - own.x) : 0.f;
+            probability = sees ? ptx::exp2_approx(probability * scale_log2 - own.x) : 0.f;
             gradient = sees ? probability * (gradient - own.y) : 0.f;
           }
         }

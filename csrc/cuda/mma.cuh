@@ -8,10 +8,7 @@
 //   C (16x8):  c[0..1] = C[r][2q..], c[2..3] = C[r+8][2q..]
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace mmdgt {
 
@@ -83,40 +80,20 @@ __device__ __forceinline__ FragmentA<T> as_operand(const float (&left)[4],
 
 __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<bfloat16>& a,
                                     const FragmentB<bfloat16>& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  ptx::mma_m16n8k16_bf16(c, a.x, b.x);
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<__half>& a,
                                     const FragmentB<__half>& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  ptx::mma_m16n8k16_f16(c, a.x, b.x);
 }
 
 // A float32 as the sum of two tf32, which keeps 22 of its 24 bits.
 struct SplitFloat {
   uint32_t high, low;
-  __device__ __forceinline__ explicit SplitFloat(float x) {
-    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high) : "f"(x));
-    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(low) : "f"(x - __uint_as_float(high)));
-  }
+  __device__ __forceinline__ explicit SplitFloat(float x)
+      : high(ptx::round_to_tf32(x)), low(ptx::round_to_tf32(x - __uint_as_float(high))) {}
 };
-
-__device__ __forceinline__ void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1,
-                                         uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Two products over 8 elements each. Which k stands in which slot does not matter
 // as long as A and B agree: the slots q and q + 4 take a pair's two elements.
@@ -127,9 +104,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<float>& a,
     const SplitFloat a0(a.x[2 * half].x), a1(a.x[2 * half + 1].x);
     const SplitFloat a2(a.x[2 * half].y), a3(a.x[2 * half + 1].y);
     const SplitFloat b0(b.x[half].x), b1(b.x[half].y);
-    mma_tf32(c, a0.low, a1.low, a2.low, a3.low, b0.high, b1.high);
-    mma_tf32(c, a0.high, a1.high, a2.high, a3.high, b0.low, b1.low);
-    mma_tf32(c, a0.high, a1.high, a2.high, a3.high, b0.high, b1.high);
+    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
+    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
+    const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+    ptx::mma_m16n8k8_tf32(c, a_low, b_high);
+    ptx::mma_m16n8k8_tf32(c, a_high, b_low);
+    ptx::mma_m16n8k8_tf32(c, a_high, b_high);
   }
 }
 

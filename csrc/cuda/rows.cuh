@@ -103,14 +103,6 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
   return {{low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
 }
 
-// Starts to copy 16 bytes, or zeros, to an address within shared memory.
-__device__ __forceinline__ void copy_chunk_async(uint32_t shared, const void* source,
-                                                 bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared),
-               "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
-}
-
 // Rows in shared memory, their 16 byte chunks permuted such that neither reading
 // rows nor reading columns meets bank conflicts (D = 32).
 template <typename T, int D>
@@ -122,7 +114,7 @@ struct SharedRows {
   uint32_t base;  // address within shared memory
 
   __device__ __forceinline__ explicit SharedRows(const void* memory)
-      : base(static_cast<uint32_t>(__cvta_generic_to_shared(memory))) {}
+      : base(ptx::shared_address(memory)) {}
 
   __device__ __forceinline__ uint32_t address(int row, int chunk) const {
     const int twist = kChunks == 4 ? (row >> 1) & 3 : row & 7;
@@ -132,8 +124,8 @@ struct SharedRows {
   // Starts to copy 16 bytes of a row of device memory, or zeros.
   __device__ __forceinline__ void copy_async(int row, int chunk, const T* source,
                                              bool valid) const {
-    copy_chunk_async(address(row, chunk), source + (valid ? chunk * kChunkElements : 0),
-                     valid);
+    ptx::copy_16_bytes_async(address(row, chunk),
+                             source + (valid ? chunk * kChunkElements : 0), valid);
   }
 
   __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
@@ -144,12 +136,8 @@ struct SharedRows {
     for (int block = 0; block < D / 32; ++block) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        uint32_t* x = reinterpret_cast<uint32_t*>(fragment.x[block]) + 4 * v;
-        const int chunk = (4 * block + q) * kVectors + v;
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(address(row, chunk))
-                     : "memory");
+        *(reinterpret_cast<uint4*>(fragment.x[block]) + v) =
+            ptx::load_shared_16_bytes(address(row, (4 * block + q) * kVectors + v));
       }
     }
     return fragment;
@@ -161,10 +149,10 @@ struct SharedRows {
                                                FragmentB<T> (&b)[2]) const {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                   : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-                   : "r"(address(row + lane % 16, 2 * pair + lane / 16))
-                   : "memory");
+      const uint4 words =
+          ptx::load_matrices_transposed(address(row + lane % 16, 2 * pair + lane / 16));
+      b[0] = {{words.x, words.y}};
+      b[1] = {{words.z, words.w}};
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -180,30 +168,9 @@ struct SharedRows {
 
  private:
   __device__ __forceinline__ float element(int row, int column) const {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];\n"
-                 : "=f"(x)
-                 : "r"(address(row, column / 4) + column % 4 * 4)
-                 : "memory");
-    return x;
+    return ptx::load_shared(address(row, column / 4) + column % 4 * 4);
   }
 };
-
-__device__ __forceinline__ void copy_float_async(float* shared, const float* source,
-                                                 bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(source), "r"(valid ? 4 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-// Waits until at most `kPending` of the thread's committed groups are under way.
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
 
 // Copies kRows rows, named by a list of tokens, to shared memory. Looking up the
 // tokens is a step of its own, so that it can run ahead of the copies.
@@ -242,8 +209,8 @@ struct RowGather {
           kStep % 8 == 0
               ? Shared(shared).address(first, chunk) + i * kStep * Shared::kRowBytes
               : Shared(shared).address(first + i * kStep, chunk);
-      copy_chunk_async(target, source + static_cast<uint64_t>(at) * stride,
-                       inside && token[i] >= 0);
+      ptx::copy_16_bytes_async(target, source + static_cast<uint64_t>(at) * stride,
+                               inside && token[i] >= 0);
     }
   }
 };

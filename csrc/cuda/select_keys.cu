@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
                   Threshold* __restrict__ threshold, int* __restrict__ count,
                   int num_tokens, int num_groups, int dim, int samples, int fewest,
                   int most) {
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ uint32_t scratch[2][kWarps];
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTeam * 16)
                       int num_keys, int dim) {
   constexpr int kRows = 16;
   constexpr int kPerThread = kTokens / kTeam;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
   const int first = blockIdx.x * kRows;
@@ -161,16 +161,6 @@ __global__ void __launch_bounds__(kTeam * 16)
   }
 }
 
-// A predicated store; as a branch it would cost several times as much.
-__device__ __forceinline__ void store_candidate(Candidate* candidates, uint32_t place,
-                                                float score, uint32_t token, bool valid) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n"
-      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(valid)),
-      "l"(candidates + place), "r"(__float_as_uint(score)), "r"(token)
-      : "memory");
-}
-
 // Candidates (B,H,G,capacity) beyond the thresholds, in any order, and their number
 // count (B,H,G), which may exceed the capacity. A block serves `chunk` keys of one
 // head.
@@ -181,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
                    Candidate* __restrict__ candidates, int num_tokens, int num_groups,
                    int dim, int capacity, int chunk) {
   constexpr int N = kTokenTiles<T, D>;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ Threshold limits[256];  // of all groups
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
@@ -262,8 +252,9 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i) {
           const bool passes = mask[half] >> i & 1;
-          store_candidate(target, at, score[i / 2][2 * half + i % 2],
-                          own_token + 8 * (i / 2) + i % 2, passes && at < capacity);
+          ptx::store_if(passes && at < capacity, target + static_cast<uint32_t>(at),
+                        __float_as_uint(score[i / 2][2 * half + i % 2]),
+                        own_token + 8 * (i / 2) + i % 2);
           at += passes;
         }
       }
@@ -361,7 +352,7 @@ __global__ void __launch_bounds__(kGroup)
                   int* __restrict__ index, int num_tokens, int num_groups, int num_keys,
                   int dim, int list_size, bool sorted) {
   constexpr int kCapacity = kGroup * kPerThread;
-  extern __shared__ __align__(16) char shared[];
+  char* shared = dynamic_shared();
   __shared__ uint32_t scratch[2][kGroup / 32];
   __shared__ int listed;
   auto* list = reinterpret_cast<uint64_t*>(shared);
@@ -502,7 +493,7 @@ at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
 
 at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
                             int64_t num_keys, bool sorted) {
-  const c10::cuda::CUDAGuard guard(key.device());
+  const c10::DeviceGuard guard(key.device());
   const int64_t B = key.size(0), H = key.size(1), L = key.size(2);
   const int64_t G = centroids.size(1), D = key.size(3);
   const Plan plan = make_plan(L, num_keys);
@@ -599,6 +590,6 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
 
 }  // namespace
 
-REGISTER_DEVICE_IMPL(select_keys_impl, CUDA, select_keys_cuda);
+REGISTER_KERNELS(select_keys_impl, select_keys_cuda);
 
 }  // namespace mmdgt

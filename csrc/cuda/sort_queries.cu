@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
                  int* __restrict__ order, int* __restrict__ offsets,
                  TileTable first_table, TileTable second_table, int num_tokens,
                  int num_groups, int chunk) {
-  extern __shared__ int next[];  // [warp][G]
+  auto* next = reinterpret_cast<int*>(dynamic_shared());  // [warp][G]
   __shared__ int scratch[kWarps], starts[kThreads + 1], first_tile[kThreads + 1];
   const int part = chunk / kWarps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
