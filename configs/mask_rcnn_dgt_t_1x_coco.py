@@ -5,5 +5,5 @@ _base_ = [
     '_base_/schedules/detection_1x.py',
     '_base_/runtime.py',
 ]
-custom_imports = dict(imports=['mmdgt', 'mmdgt.detection'])
+custom_imports = dict(imports=['mmdgt', 'mmdgt.openmmlab.detection'])
 custom_hooks = [*_base_.custom_hooks, dict(type='NumClassCheckHook')]

@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <vector>
 
 namespace mmdgt {
 
@@ -45,15 +47,24 @@ void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& 
               "; move them to one device");
 }
 
+std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
+// What the kernels of a device serve, as torch names it.
+std::vector<std::string> dtype_names(at::DeviceType device) {
+  std::vector<std::string> names;
+  for (const auto dtype : served_dtypes(device)) names.push_back(dtype_name(dtype));
+  return names;
+}
+
 // query, key, value and their gradients: (B,H,L,D), rows without gaps.
 void check_tokens(const at::Tensor& tokens, const char* name) {
   TORCH_CHECK(tokens.dim() == 4, name, " must have shape (B, H, L, D), got ",
               tokens.sizes());
+  const auto device = tokens.device().type();
   const auto dtype = tokens.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
-                  (dtype == at::kDouble && tokens.device().is_cpu()),
-              name, " must be float32, float16 or bfloat16",
-              tokens.device().is_cpu() ? " or float64" : "", ", got ", dtype);
+  const auto served = served_dtypes(device);
+  TORCH_CHECK(std::find(served.begin(), served.end(), dtype) != served.end(), name,
+              " must be one of ", dtype_names(device), ", got ", dtype_name(dtype));
   const int64_t head_dim = tokens.size(3);
   TORCH_CHECK(
       head_dim >= kHeadDimStep && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0,
@@ -171,6 +182,15 @@ void add_kernels(torch::Library& library) {
   library.impl("group_attention_backward", group_attention_backward);
 }
 
+pybind11::dict limits() {
+  using namespace pybind11::literals;
+  return pybind11::dict(
+      "max_groups"_a = kMaxGroups, "max_head_dim"_a = kMaxHeadDim,
+      "head_dim_step"_a = kHeadDimStep, "channel_step"_a = kChannelStep,
+      "dtypes"_a = pybind11::dict("cpu"_a = dtype_names(at::kCPU),
+                                  "cuda"_a = dtype_names(at::kCUDA)));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmdgt, CPU, library) { add_kernels(library); }
@@ -184,4 +204,5 @@ TORCH_LIBRARY_IMPL(mmdgt, CUDA, library) { add_kernels(library); }
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of mmdgt's operators.";
   module.attr("torch_version") = TORCH_VERSION;
+  module.attr("limits") = mmdgt::limits();
 }

@@ -7,14 +7,11 @@
 
 #include <tuple>
 
+#include "common/limits.h"
 #include "pytorch_cpp_helper.hpp"
 #include "pytorch_device_registry.hpp"
 
 namespace mmdgt {
-
-constexpr int64_t kMaxGroups = 256;
-constexpr int64_t kMaxHeadDim = 128;
-constexpr int64_t kHeadDimStep = 8;
 
 // query (B,H,L,D), centroids (H,G,D) float32
 // -> group (B,H,L) int32, sums (H,G,D) float32, counts (H,G) int32.

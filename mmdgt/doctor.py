@@ -1,6 +1,6 @@
 """Say what is installed and what is wrong with it: python -m mmdgt.doctor.
 
-The exit status is 1 where something has to be cured. Nothing but the standard
+The exit status is 1 where something has to be fixed. Nothing but the standard
 library is imported before it is looked at, so that no broken package keeps this
 from speaking.
 """
@@ -20,32 +20,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from .registry import FRAMEWORKS
+from .frameworks import CONTINUATION, FRAMEWORKS
 from .version import __version__
 
 OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)
-CONTINUATION = 'onedl-'  # what starts the names of the maintained distributions
 # The release series that the tests run with, and the last ones of the originals.
 TESTED = {
     'torch': '2.11',
     'onedl-mmengine': '0.10',
     'onedl-mmcv': '2.3',
-    'onedl-mmpretrain': '1.3',
-    'onedl-mmdetection': '3.5',
-    'onedl-mmsegmentation': '1.4',
     'mmengine': '0.10',
     'mmcv': '2.1',
-    'mmpretrain': '1.2',
-    'mmdet': '3.3',
-    'mmsegmentation': '1.2',
 }
+for framework in FRAMEWORKS.values():
+    TESTED |= framework.tested
 INSTALL = (
     'install torch and its build tools, then'
     ' "pip install --no-build-isolation onedl-mmcv", then what mmdgt is to serve: "pip'
     ' install onedl-mmsegmentation", onedl-mmdetection or onedl-mmpretrain'
 )
-# What an import error says, and what cures it.
-IMPORT_CURES = {
+# What an import error says, and what fixes it.
+IMPORT_FIXES = {
     'pkg_resources': 'run: pip install "setuptools<81"',
     'torchvision::nms': (
         'torch and torchvision are of different builds; install both in one command,'
@@ -55,10 +50,10 @@ IMPORT_CURES = {
 
 
 class Finding(NamedTuple):
-    """What is wrong: its cause, its cure and whether it has to be cured."""
+    """What is wrong: its cause, its fix and whether it has to be fixed."""
 
     cause: str
-    cure: str
+    fix: str
     fails: bool = True
 
 
@@ -122,25 +117,27 @@ def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
     frameworks = [name for name in FRAMEWORKS if name in there]
     for needed in (['mmengine'], ['mmcv'], FRAMEWORKS):
         if not set(needed) & set(there):
-            yield Finding(f'{" or ".join(needed)} is not installed', INSTALL)
+            # The network itself needs nothing of it.
+            cause = f'{" or ".join(needed)} is not installed'
+            yield Finding(cause, INSTALL, fails=bool(there))
             return
     deep = [f'{name}.models' for name in (*frameworks, 'mmdgt')]
-    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.engine'):
+    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.openmmlab'):
         if error := import_error(module):
             if module == 'mmcv._ext':
                 finding = without_mmcv_operators(error, installed['mmcv'], frameworks)
             else:
-                finding = Finding(f'{module} does not import: {error}', cure_of(error))
+                finding = Finding(f'{module} does not import: {error}', fix_of(error))
             yield finding
             if finding.fails:
                 return
 
 
-def cure_of(error: str) -> str:
+def fix_of(error: str) -> str:
     """What to do about an import error, given in one line."""
-    for text, cure in IMPORT_CURES.items():
+    for text, fix in IMPORT_FIXES.items():
         if text in error:
-            return cure
+            return fix
     if missing := re.search(r"No module named '([^'.]+)'", error):
         return f'install what provides {missing[1]}; try: pip install {missing[1]}'
     return 'install versions that fit each other, of all that this names'
@@ -149,23 +146,23 @@ def cure_of(error: str) -> str:
 def without_mmcv_operators(
     error: str, carriers: list[str], frameworks: list[str]
 ) -> Finding:
-    """The finding if mmcv._ext, without which only mmdet is lost, does not import."""
+    """The finding if mmcv._ext, which few frameworks need, does not import."""
     missing = error.startswith('ModuleNotFoundError')
     state = (
         'is missing, so mmcv was built without torch in sight'
         if missing
         else f'does not load, most likely for it was built for another torch: {error}'
     )
-    needed = 'mmdet' in frameworks
+    lost = [name for name in frameworks if FRAMEWORKS[name].needs_operators]
     mmcv = carriers[0] if carriers else f'{CONTINUATION}mmcv'
     version = version_of(mmcv)
     return Finding(
         f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}'
-        f'; {"mmdet needs" if needed else "only detection needs"} it',
+        f'; {" and ".join(lost) + " needs" if lost else "only detection needs"} it',
         'run: pip install ninja psutil packaging wheel "setuptools<81" && pip install'
         ' --no-build-isolation --no-deps --force-reinstall --no-cache-dir'
         f' {mmcv}{f"=={version}" if version else ""}',
-        fails=needed or not missing,
+        fails=bool(lost) or not missing,
     )
 
 
@@ -218,12 +215,15 @@ def kernel_error() -> str | None:
     """What goes wrong when the CUDA kernels run on this GPU, None if nothing does."""
     import torch
 
-    from .ops import dynamic_group_attention, use_backend
+    from .ops import assign_queries, group_attention, select_keys, use_backend
 
     tokens = torch.ones(1, 1, 64, 32).cuda()
+    centroids = tokens[0, :, :8]
     try:
         with use_backend('fused'):
-            dynamic_group_attention(*[tokens] * 3, tokens[0, :, :8], num_keys=16)
+            group = assign_queries(tokens, centroids)
+            index = select_keys(tokens, centroids, num_keys=16)
+            group_attention(tokens, tokens, tokens, group, index)
         torch.cuda.synchronize()
     except RuntimeError as error:
         if 'no kernel image' not in str(error):
@@ -287,10 +287,10 @@ def main() -> int:
         findings = list(diagnose())
     for finding in findings:
         kind = 'WRONG' if finding.fails else 'NOTE'
-        print(f'\n{kind}: {finding.cause}\n  {finding.cure}')
+        print(f'\n{kind}: {finding.cause}\n  {finding.fix}')
     failed = any(finding.fails for finding in findings)
     if failed:
-        print('\nCure the first that is WRONG, then run this again.')
+        print('\nFix the first that is WRONG, then run this again.')
     else:
         print('\nNothing is wrong.')
     return int(failed)

@@ -5,8 +5,6 @@ blocks and heads count from 1 as in the paper, groups from 0 as in the operators
 """
 
 import colorsys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .models import DGT, DynamicGroupAttention
-from .ops import assign_queries, select_keys
 
 GOLDEN_RATIO = 0.618034  # of the circle of hues lies between two groups
 OPACITY = 0.55  # of a colour over the image
@@ -28,7 +25,7 @@ class Groups:
     Args:
         group (ndarray): (h, w), the group of the query of every token.
         keys (ndarray): (G, K), the tokens that every group selected, in row-major
-            order of (h, w), the best first.
+            order of (h, w).
         stride (int): Pixels from a token to the next.
     """
 
@@ -80,9 +77,14 @@ def find_groups(
         raise ValueError(
             f'expected one image of shape (1, C, H, W), got {tuple(image.shape)}'
         )
-    with _recorded(layer) as choices:
+    seen = []  # by the layer
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
         backbone(image.to(layer.centroids.device))
-    ((group, keys),) = choices
+    finally:
+        handle.remove()
+    query, key, *_ = layer.project(seen[0])
+    group, keys = layer.choose(query, key)
     stride = 2 ** (stage + 1)
     shape = [-(-side // stride) for side in image.shape[2:]]
     group, keys = (x[0, head - 1].cpu().numpy() for x in (group, keys))
@@ -121,27 +123,6 @@ def _find_backbone(model: nn.Module) -> DGT:
 def _check_number(what: str, number: int, last: int) -> None:
     if not 1 <= number <= last:
         raise ValueError(f'{what} must be from 1 to {last}, got {number}')
-
-
-@contextmanager
-def _recorded(layer: DynamicGroupAttention) -> Iterator[list]:
-    """Record group (B, H, L) and index (B, H, G, K) of every pass through a layer.
-
-    ``attend`` gets query and key as they are scored: in layers with cosine attention
-    the key has been normalised.
-    """
-    choices = []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None):
-        group = assign_queries(query, layer.centroids)
-        choices.append((group, select_keys(key, layer.centroids, layer.num_keys)))
-        return type(layer).attend(layer, query, key, value, scale)
-
-    layer.attend = attend  # of this instance, in front of the method of the class
-    try:
-        yield choices
-    finally:
-        del layer.attend
 
 
 def group_statistics(groups: Groups) -> dict:
@@ -260,6 +241,11 @@ def draw_queries(image: np.ndarray, groups: Groups, group: int) -> np.ndarray:
 def draw_keys(image: np.ndarray, groups: Groups, group: int) -> np.ndarray:
     """Highlight the keys that a group selected; as :func:`draw_groups`."""
     return _highlight(image, groups, groups.is_key(group), group)
+
+
+def viewable(image: Tensor) -> np.ndarray:
+    """(3, H, W) BGR as pipelines of OpenMMLab leave it -> (H, W, 3) RGB, uint8."""
+    return image.byte().flip(0).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def _highlight(

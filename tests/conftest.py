@@ -151,7 +151,7 @@ def tiny_models(tmp_path_factory):
     """For every framework a config and a checkpoint of random weights."""
     from mmengine.config import Config
 
-    from mmdgt.engine.inference import Predictor
+    from mmdgt.openmmlab.apis.inference import Predictor
 
     torch.manual_seed(0)
     models = {}

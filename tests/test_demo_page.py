@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, free_port
 from mmengine.config import Config
 
-from mmdgt.engine.inference import Predictor
+from mmdgt.openmmlab.apis.inference import Predictor
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from mmdet.structures import DetDataSample
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from mmdgt.detection import InstanceTTAModel
+from mmdgt.openmmlab.detection import InstanceTTAModel
 
 H, W = 20, 30
 

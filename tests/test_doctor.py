@@ -1,4 +1,4 @@
-"""The doctor names the cause and the cure of every broken installation."""
+"""The doctor names the cause and the fix of every broken installation."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ill(capsys):
-    """Run the doctor, which must fail; what it says is wrong and how to cure it."""
+    """Run the doctor, which must fail; what it says is wrong and how to fix it."""
 
     def run():
         assert doctor.main() == 1
@@ -79,9 +79,9 @@ def gpu(monkeypatch):
 
 def test_both_forks(site, ill):
     site(mmcv='2.1.0', onedl_mmcv='2.3.6')
-    (cause, cure), *_ = ill()
+    (cause, fix), *_ = ill()
     assert 'both forks' in cause and 'mmcv beside' in cause and 'onedl-mmcv' in cause
-    uninstall, install = cure.split('; then ')
+    uninstall, install = fix.split('; then ')
     assert {'mmcv', 'onedl-mmcv'} <= set(uninstall.split())
     assert 'pip install --no-build-isolation onedl-mmcv' in install
 
@@ -98,16 +98,16 @@ def test_one_fork_alone(site, other_than_these):
 def test_other_versions_are_a_note(site, other_than_these):
     site(mmengine='0.10.9', mmcv='2.2.0', torch='2.11.1+cu130')
     (finding,) = doctor.check_versions(doctor.distributions())
-    assert 'mmcv 2.2.0' in finding.cause and '"mmcv==2.1.*"' in finding.cure
+    assert 'mmcv 2.2.0' in finding.cause and '"mmcv==2.1.*"' in finding.fix
     assert not finding.fails
 
 
 def test_mmcv_without_operators(monkeypatch, ill):
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
-    ((cause, cure),) = ill()
+    ((cause, fix),) = ill()
     assert 'mmcv._ext' in cause and 'is missing' in cause
     carrier = metadata.packages_distributions()['mmcv'][0]
-    assert cure.endswith(f'--no-cache-dir {carrier}=={metadata.version(carrier)}')
+    assert fix.endswith(f'--no-cache-dir {carrier}=={metadata.version(carrier)}')
 
 
 def test_detection_alone_needs_them():
@@ -121,9 +121,9 @@ def test_an_extension_that_does_not_load(tmp_path, monkeypatch, ill, package):
     (tmp_path / '_ext.so').write_bytes(b'of another world')
     monkeypatch.setattr(package, '__path__', [str(tmp_path), *package.__path__])
     monkeypatch.delitem(sys.modules, f'{package.__name__}._ext', raising=False)
-    ((cause, cure),) = ill()
+    ((cause, fix),) = ill()
     assert f'{package.__name__}._ext' in cause and 'another torch' in cause
-    assert REBUILD in cure
+    assert REBUILD in fix
 
 
 def test_own_extension_missing(monkeypatch, ill):
@@ -134,9 +134,9 @@ def test_own_extension_missing(monkeypatch, ill):
 def test_own_extension_of_another_torch(monkeypatch, ill):
     other = SimpleNamespace(torch_version='2.4.0')
     monkeypatch.setitem(sys.modules, 'mmdgt._ext', other)
-    ((cause, cure),) = ill()
+    ((cause, fix),) = ill()
     assert 'built for torch 2.4.0' in cause and torch.__version__ in cause
-    assert REBUILD in cure
+    assert REBUILD in fix
 
 
 def test_own_extension_of_another_gpu(gpu, monkeypatch, ill):
@@ -145,9 +145,9 @@ def test_own_extension_of_another_gpu(gpu, monkeypatch, ill):
 
     monkeypatch.setattr(torch.Tensor, 'cuda', lambda x: x)
     monkeypatch.setattr(torch.cuda, 'synchronize', fail)
-    ((cause, cure),) = ill()
+    ((cause, fix),) = ill()
     assert 'built for other GPUs than this Fast GPU' in cause
-    assert REBUILD in cure and 'TORCH_CUDA_ARCH_LIST=9.0' in cure
+    assert REBUILD in fix and 'TORCH_CUDA_ARCH_LIST=9.0' in fix
 
 
 @pytest.mark.parametrize('wanted_by', ['gpu', 'FORCE_CUDA'])
@@ -158,8 +158,8 @@ def test_no_toolkit(wanted_by, request, monkeypatch, ill):
         monkeypatch.setenv('FORCE_CUDA', '1')
     monkeypatch.setattr(extension, 'devices', lambda: ['cpu'])
     monkeypatch.setattr('torch.utils.cpp_extension.CUDA_HOME', None)
-    (cause, cure), (missing, _) = ill()
-    assert 'no nvcc' in cause and 'export CUDA_HOME' in cure
+    (cause, fix), (missing, _) = ill()
+    assert 'no nvcc' in cause and 'export CUDA_HOME' in fix
     assert 'without CUDA kernels' in missing
 
 
@@ -170,29 +170,29 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
     nvcc.chmod(0o755)
     monkeypatch.setattr(extension, 'devices', lambda: ['cpu'])
     monkeypatch.setattr('torch.utils.cpp_extension.CUDA_HOME', str(tmp_path))
-    (cause, cure), _ = ill()
+    (cause, fix), _ = ill()
     assert 'only calls the nvcc of /opt/cuda' in cause
-    assert cure == 'run: export CUDA_HOME=/opt/cuda'
+    assert fix == 'run: export CUDA_HOME=/opt/cuda'
 
 
 @pytest.mark.parametrize(
-    ('module', 'error', 'cure'),
+    ('module', 'error', 'fix'),
     [
         ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
         ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', 'versions that fit'),
-        ('mmdgt.engine', "cannot import name 'analysis'", 'versions that fit'),
+        ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],
 )
-def test_imports_that_fail(monkeypatch, ill, module, error, cure):
+def test_imports_that_fail(monkeypatch, ill, module, error, fix):
     original = doctor.import_error
     fail = {module: f'SomeError: {error}'}
     monkeypatch.setattr(doctor, 'import_error', lambda m: fail.get(m, original(m)))
     ((cause, advice),) = ill()
     assert f'{module} does not import' in cause and error in cause
-    assert cure in advice
+    assert fix in advice
 
 
 def test_a_healthy_installation(capsys):

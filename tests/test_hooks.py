@@ -9,8 +9,8 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mmdgt import DGT
-from mmdgt.engine import group_usage
 from mmdgt.models import DynamicGroupAttention
+from mmdgt.openmmlab.engine import group_usage
 
 ARCH = dict(dims=(8, 8), depths=(1, 1), num_heads=(2, 2), stem_dims=8)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from mmdgt.engine.inference import Predictor
+from mmdgt.openmmlab.apis.inference import Predictor
 
 
 def picture():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmdgt.ops import library  # defines the operators  # noqa: F401
 
-pytest.importorskip('mmdgt._ext', reason='the extension is not built')
+extension = pytest.importorskip('mmdgt._ext', reason='the extension is not built')
 ops = torch.ops.mmdgt
 
 HALF = (torch.float16, torch.bfloat16)
@@ -428,7 +428,7 @@ def test_clear_errors():
     negative[0, 0, 0, 0] = -1
     cases = (
         ('(B, H, L, D)', ops.assign_queries, (q[0], e, False)),
-        ('float32, float16', ops.assign_queries, (q.int(), e, False)),
+        ('float32 float64 float16 bfloat16', ops.assign_queries, (q.int(), e, False)),
         ('multiple of 8', ops.assign_queries, (q[..., :20], e[..., :20], False)),
         ('stride 1', ops.assign_queries, (q.mT.contiguous().mT, e, False)),
         ('(H, G, D)', ops.assign_queries, (q, e[:1], False)),
@@ -447,6 +447,29 @@ def test_clear_errors():
         with pytest.raises((RuntimeError, IndexError)) as caught:
             op(*arguments)
         assert message in str(caught.value)
+
+
+def test_limits_are_what_the_operators_refuse():
+    """What Python is told the kernels serve, tried at the edge and beyond it."""
+    limits = extension.limits
+    most, step = limits['max_head_dim'], limits['head_dim_step']
+
+    def served(D=step, G=1, dtype=torch.float32):
+        try:
+            ops.assign_queries(
+                torch.ones(1, 1, 3, D, dtype=dtype), torch.ones(1, G, D), False
+            )
+        except RuntimeError:
+            return False
+        return True
+
+    dims = [D for D in range(1, most + 2 * step) if served(D)]
+    assert dims == list(range(step, most + 1, step))
+    assert served(G=limits['max_groups']) and not served(G=limits['max_groups'] + 1)
+    floating = ('float8_e4m3fn', 'bfloat16', 'float16', 'float32', 'float64', 'int32')
+    tried = {name for name in floating if served(dtype=getattr(torch, name))}
+    assert tried == set(limits['dtypes']['cpu'])
+    assert set(limits['dtypes']['cuda']) <= tried
 
 
 def test_inputs_farther_apart_than_two_to_the_31_elements():

@@ -326,8 +326,8 @@ def test_benchmark_of_the_operators(run_tool, tmp_path):
 
 
 def test_peak_memory_of_a_call(tools):
-    memory = tools('memory')
-    added = memory.in_fresh_process(memory.added_bytes, make_and_drop, 'cpu', 2)
+    measure = tools('measure')
+    added = measure.in_fresh_process(measure.added_bytes, make_and_drop, 'cpu', 2)
     # Two of three are there at a time, and the second call adds nothing.
     assert 2 * NUMBERS * 4 <= added < 2.2 * NUMBERS * 4
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmdgt import DGT
-from mmdgt.engine.inference import Predictor, read_image
+from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.visualization import (
     Groups,
     draw_groups,

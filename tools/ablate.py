@@ -20,9 +20,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmdgt  # noqa: F401
-from mmdgt.engine.config import check_data, load_config, make_parser
-from mmdgt.engine.flops import count_flops
-from mmdgt.engine.runner import build_runner
+from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
+from mmdgt.openmmlab.apis.runner import build_runner
+from mmdgt.openmmlab.engine.flops import count_flops
 
 PAPER = Path(__file__).parents[1] / 'configs/dgt_t_in1k.py', 224  # config, image size
 COLUMNS = (

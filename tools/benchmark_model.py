@@ -16,19 +16,25 @@ the model was run, plus the weights.
 """
 
 import argparse
-import contextlib
 import functools
-import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory
 import numpy as np
 import torch
 import torch._inductor.config
-from measure import add_words, in_turns, machine, print_columns, save, summary
+from measure import (
+    add_words,
+    in_fresh_process,
+    in_turns,
+    machine,
+    peak_bytes,
+    print_columns,
+    save,
+    summary,
+)
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
@@ -247,7 +253,7 @@ def prepare(case: Case, device: str) -> tuple[nn.Module, Callable[[], Any]]:
 def peak_of(case: Case, device: str) -> int:
     """The bytes that a case takes at its peak, in a process of its own."""
     # A first training step makes AdamW's state.
-    return memory.peak_bytes(*prepare(case, device), device, times=2)
+    return peak_bytes(*prepare(case, device), device, times=2)
 
 
 def start(case: Case, device: str, with_memory: bool) -> tuple[Callable[[], Any], dict]:
@@ -258,7 +264,7 @@ def start(case: Case, device: str, with_memory: bool) -> tuple[Callable[[], Any]
     compiles = device == 'cpu' and case.mode.endswith('compiled')
     if compiles or not with_memory:
         return call, {}
-    return call, dict(peak_bytes=memory.in_fresh_process(peak_of, case, device))
+    return call, dict(peak_bytes=in_fresh_process(peak_of, case, device))
 
 
 def measure(cases: list[Case], args: argparse.Namespace) -> list[dict]:
@@ -312,15 +318,6 @@ def breakdown(case: Case, args: argparse.Namespace) -> dict:
         spent[next(found, 'other')] += getattr(event, f'self_{kind}_time_total')
     total = sum(spent.values())
     return case.row() | {part: round(time / total, 3) for part, time in spent.items()}
-
-
-def versions() -> dict:
-    """Of the packages that hold the rivals, where installed."""
-    found = {}
-    for package in ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'timm'):
-        with contextlib.suppress(ImportError):
-            found[package] = importlib.import_module(package).__version__
-    return found
 
 
 def print_table(rows: list[dict]) -> None:
@@ -448,7 +445,7 @@ def main() -> None:
         shares = ', '.join(f'{part} {row[part]:.0%}' for part in [*PARTS, 'other'])
         print(f'{row["model"]} {row["task"]} {row["size"]} {row["pass"]}: {shares}')
     if args.out:
-        about = machine(args.device) | {'versions': versions()}
+        about = machine(args.device)
         save(args.out / f'{args.name}.json', about, results=rows, breakdown=parts)
         if len(args.sizes) > 1:
             plot(rows, args.out, args.name)

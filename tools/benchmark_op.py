@@ -16,14 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory
 import torch
 import torch.nn.functional as F
-from measure import add_words, in_turns, machine, print_columns, save, summary
+from measure import (
+    add_words,
+    added_bytes,
+    in_fresh_process,
+    in_turns,
+    machine,
+    print_columns,
+    save,
+    summary,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmdgt.ops import dynamic_group_attention, use_backend
+from mmdgt.ops import assign_queries, group_attention, select_keys, use_backend
 from mmdgt.ops.library import ops
 
 D, G = 32, 48
@@ -85,16 +93,22 @@ def draw_inputs(shape: Shape, draw: str, dtype: torch.dtype, device: str, seed: 
     return Inputs(query, key, value, grad.to(dtype).transpose(1, 2), centroids, K)
 
 
+def grouped(x: Inputs, backend: str) -> Tensor:
+    """Assignment, selection and attention by a back end."""
+    with use_backend(backend):
+        group = assign_queries(x.query, x.centroids)
+        index = select_keys(x.key, x.centroids, x.num_keys, sorted=False)
+        return group_attention(*x[:3], group, index, check_range=False)
+
+
 def fused(x: Inputs) -> Tensor:
     """The compiled operators."""
-    with use_backend('fused'):
-        return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
+    return grouped(x, 'fused')
 
 
 def eager(x: Inputs) -> Tensor:
     """The plain PyTorch reference."""
-    with use_backend('reference'):
-        return dynamic_group_attention(*x[:3], x.centroids, x.num_keys)[0]
+    return grouped(x, 'reference')
 
 
 def dense(x: Inputs, backend: SDPBackend | None = None) -> Tensor:
@@ -249,7 +263,7 @@ def peak_of(rival: str, shape: Shape, draw: str, dtype: str, which: str) -> int:
     x = draw_inputs(shape, draw, getattr(torch, dtype), 'cpu', seed=0)
     call = make_call(CALLS[rival], x, which)
     call()  # what libraries set up once does not count
-    return memory.added_bytes(call, 'cpu')
+    return added_bytes(call, 'cpu')
 
 
 def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
@@ -279,11 +293,11 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
             calls[0]()
             timed[rival] = calls[0]
             if args.device == 'cuda':
-                row['peak_bytes'] = memory.added_bytes(calls[0], 'cuda')
+                row['peak_bytes'] = added_bytes(calls[0], 'cuda')
                 timed[rival] = captured(calls)
             elif args.memory:
                 case = rival, shape, draw, dtype, which
-                row['peak_bytes'] = memory.in_fresh_process(peak_of, *case)
+                row['peak_bytes'] = in_fresh_process(peak_of, *case)
         except Exception as error:
             timed.pop(rival, None)
             row['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:200]

@@ -24,9 +24,7 @@ from typing import Any, NamedTuple
 
 import mmpretrain.models  # noqa: F401  # registers its backbones
 import torch
-from benchmark_model import versions
-from measure import machine, save, seconds, summary
-from memory import in_fresh_process, peak_bytes
+from measure import in_fresh_process, machine, peak_bytes, save, seconds, summary
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -35,7 +33,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmdgt  # noqa: F401
-from mmdgt.engine.flops import count_flops
+from mmdgt.openmmlab.engine.flops import count_flops
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 COLUMNS = (
@@ -324,7 +322,10 @@ class Measurements:
         Raises:
             RuntimeError: Those in the file are of another one or other versions.
         """
-        self.commit = about.pop('commit', None)  # may change, and is in every row
+        # What may change is in every row.
+        self.state = {
+            key: about.pop(key) for key in ('commit', 'clean') if key in about
+        }
         if self.rows and self.about != about:
             raise RuntimeError(
                 f'{self.file} was measured on {self.about}, this is {about}: move it'
@@ -334,7 +335,7 @@ class Measurements:
 
     def add(self, title: str, name: str, **measured: Any) -> None:
         """Put into a row, and write the file."""
-        row = dict(table=title, backbone=name, commit=self.commit, **measured)
+        row = dict(table=title, backbone=name, **self.state, **measured)
         self.rows[title, name] = row
         save(self.file, self.about, results=list(self.rows.values()))
 
@@ -511,7 +512,7 @@ def main() -> None:
     write(args.out, counted, kept)
     if args.time is None:
         return
-    kept.go_on(machine(args.device) | {'versions': versions()})
+    kept.go_on(machine(args.device))
     wanted = set(args.time or names).intersection(names)
     for table in TABLES:
         for members in table.classes:

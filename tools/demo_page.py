@@ -12,9 +12,10 @@ import mmcv
 import numpy as np
 from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
-from show_groups import figure
 
-from mmdgt.engine.inference import Predictor, read_image
+from mmdgt.frameworks import FRAMEWORKS
+from mmdgt.openmmlab.apis.inference import Predictor, read_image
+from mmdgt.openmmlab.apis.pictures import group_panels
 from mmdgt.visualization import find_groups
 
 # Silent unless the user has set it: Gradio reports to its makers by default.
@@ -70,7 +71,7 @@ class Page:
         groups = find_groups(self.predictor.model, inputs, stage, block, head)
         sizes = zip((x, y), view.shape[1::-1], picture.shape[1::-1], strict=True)
         pixel = tuple(int(p * there / here) for p, there, here in sizes)
-        return figure(view, groups, [pixel], [])
+        return group_panels(view, groups, [pixel], [])
 
 
 def build(page: Page):
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument('--port', type=int, default=7860)
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
-    if cfg.default_scope == 'mmpretrain':
+    if not FRAMEWORKS[cfg.default_scope].localizes:
         parser.error(
             'the page is for segmentors and detectors; for a classifier, see'
             ' tools/infer.py and tools/show_groups.py'

@@ -15,8 +15,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmdgt.engine.config import load_config, make_parser
-from mmdgt.models.pretrained import read_weights
+from mmdgt.frameworks import FRAMEWORKS
+from mmdgt.openmmlab.apis.config import load_config, make_parser
+from mmdgt.openmmlab.pretrained import read_weights
 
 # Rounding may decide an almost-tie between two groups or keys the other way, and
 # with it all of a pixel's scores. So the mean error is held against a limit, over
@@ -48,7 +49,7 @@ class Network(nn.Module):
 
 def build(cfg: Config, checkpoint: str) -> Network:
     """Build what the config describes, with the weights of the checkpoint."""
-    if cfg.default_scope not in ('mmseg', 'mmpretrain'):
+    if not FRAMEWORKS[cfg.default_scope].exports:
         raise ValueError(
             'segmentors and classifiers can be exported, the config is of'
             f" {cfg.default_scope}; of a detector, export model.backbone by torch's own"

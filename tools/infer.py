@@ -11,7 +11,7 @@ import mmcv
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
-from mmdgt.engine.inference import Predictor, read_image
+from mmdgt.openmmlab.apis.inference import Predictor, read_image
 
 
 def find_pictures(folder: Path) -> list[Path]:

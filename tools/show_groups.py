@@ -10,70 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
-import cv2
 import mmcv
-import numpy as np
-from demo_report import captioned, frame
 from mmengine.config import Config
 
-from mmdgt.engine.inference import Predictor, read_image
-from mmdgt.visualization import (
-    Groups,
-    draw_groups,
-    draw_keys,
-    draw_queries,
-    find_groups,
-    group_at,
-    group_statistics,
-)
-
-MIN_WIDTH = 320  # of a panel; smaller pictures are enlarged
-MARKER = (255, 255, 255)
-LARGEST = 3  # groups that are drawn if none is picked
-
-
-def figure(
-    image: np.ndarray,
-    groups: Groups,
-    pixels: list[tuple[int, int]],
-    picked: list[int],
-) -> np.ndarray:
-    """All groups, the queries of one and its keys, side by side.
-
-    Args:
-        image (ndarray): (H, W, 3) uint8, RGB.
-        groups (Groups): What a head chose for it.
-        pixels (list[tuple[int, int]]): (x, y); each gets a row, with its group.
-        picked (list[int]): Groups; each gets a row. The largest if both are empty.
-
-    Returns:
-        ndarray: (H', W', 3) uint8, RGB.
-
-    Raises:
-        ValueError: If there is no such pixel or group.
-    """
-    rows = [(group_at(image, groups, x, y), (x, y)) for x, y in pixels]
-    rows += [(group, None) for group in picked]
-    if not rows:
-        largest = np.argsort(group_statistics(groups)['group_sizes'])[::-1]
-        rows = [(int(group), None) for group in largest[:LARGEST]]
-    factor = max(1, -(-MIN_WIDTH // image.shape[1]))
-    drawn = []
-    for group, pixel in rows:
-        panels = [
-            mmcv.imrescale(panel, factor, interpolation='nearest')
-            for panel in (
-                draw_groups(image, groups),
-                draw_queries(image, groups, group),
-                draw_keys(image, groups, group),
-            )
-        ]
-        if pixel:
-            centre = [factor * side + factor // 2 for side in pixel]
-            for panel in panels:
-                cv2.drawMarker(panel, centre, MARKER, cv2.MARKER_CROSS, 18, 2)
-        drawn.append(np.hstack([frame(panel) for panel in panels]))
-    return captioned(drawn, ('all groups', 'queries of a group', 'its keys'))
+from mmdgt.openmmlab.apis.inference import Predictor, read_image
+from mmdgt.openmmlab.apis.pictures import group_panels
+from mmdgt.visualization import find_groups, group_at, group_statistics
 
 
 def pixel(text: str) -> tuple[int, int]:
@@ -109,7 +51,7 @@ def main() -> None:
     predictor = Predictor(Config.fromfile(args.config), checkpoint)
     image, inputs = predictor.see(picture)
     groups = find_groups(predictor.model, inputs, args.stage, args.block, args.head)
-    drawn = figure(image, groups, args.pixels, args.groups)
+    drawn = group_panels(image, groups, args.pixels, args.groups)
     mmcv.imwrite(mmcv.rgb2bgr(drawn), str(args.out))
     place = dict(stage=args.stage, block=args.block, head=args.head)
     report = {

@@ -9,8 +9,9 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
-from mmdgt.engine.config import check_data, load_config, make_parser
-from mmdgt.engine.runner import build_runner, leave_processes
+from mmdgt.frameworks import FRAMEWORKS
+from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
+from mmdgt.openmmlab.apis.runner import build_runner, leave_processes
 
 
 def enable_tta(cfg: Config) -> None:
@@ -27,15 +28,11 @@ def enable_tta(cfg: Config) -> None:
 
 
 def enable_visualization(cfg: Config, show: bool, show_dir: str | None) -> None:
-    """Draw the predictions; each framework names the settings its own way."""
+    """Draw the predictions, on the screen or into a folder."""
     show_dir = show_dir and os.path.abspath(show_dir)  # else mmdet's lies in work_dir
-    settings = {
-        'mmseg': dict(draw=True, show=show),
-        'mmdet': dict(draw=True, show=show, test_out_dir=show_dir),
-        'mmpretrain': dict(enable=True, show=show, out_dir=show_dir),
-    }
-    cfg.default_hooks.visualization.update(settings[cfg.default_scope])
-    if show_dir and cfg.default_scope == 'mmseg':
+    settings = FRAMEWORKS[cfg.default_scope].show_settings(show, show_dir)
+    cfg.default_hooks.visualization.update(settings)
+    if show_dir:  # where mmseg's visualizer draws to
         cfg.visualizer.save_dir = show_dir
 
 
@@ -57,8 +54,8 @@ def main() -> None:
     cfg = load_config(args)
     check_data(cfg, 'test_dataloader')
     cfg.load_from = args.checkpoint
-    segmentation = cfg.default_scope == 'mmseg'
-    if args.out and segmentation:
+    to_folder = FRAMEWORKS[cfg.default_scope].predictions_in_folder
+    if args.out and to_folder:
         cfg.test_evaluator.output_dir = args.out
     elif args.out and Path(args.out).suffix not in ('.pkl', '.pickle'):
         parser.error(f'--out must name a .pkl file, got {args.out}')
@@ -68,7 +65,7 @@ def main() -> None:
         enable_visualization(cfg, args.show, args.show_dir)
 
     runner = build_runner(cfg)
-    if args.out and not segmentation:
+    if args.out and not to_folder:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()
     name = 'metrics_tta.json' if args.tta else 'metrics.json'

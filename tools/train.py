@@ -2,8 +2,8 @@
 
 from mmengine.device import get_device
 
-from mmdgt.engine.config import check_data, load_config, make_parser
-from mmdgt.engine.runner import build_runner, leave_processes
+from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
+from mmdgt.openmmlab.apis.runner import build_runner, leave_processes
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/limits.h"
 #include "scratch.h"
 
 namespace mmdgt {
@@ -85,9 +86,6 @@ struct GeluRows {
   const T* residual;  // (count, channels)
   int64_t count, channels;
 };
-
-// Channels come in multiples of the widest vector.
-constexpr int64_t kChannelStep = 16;
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;

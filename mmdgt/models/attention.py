@@ -1,19 +1,23 @@
 """The attention layers of DGT: Dynamic Group Attention and global attention."""
 
+import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import dynamic_group_attention
+from ..ops import assign_and_sum, assign_queries, group_attention, select_keys
 
 MAX_LOGIT_SCALE = 100.0  # of Swin Transformer V2, which starts at 10
-NUDGE = 0.1  # how far a split-off centroid stands from the one it splits
+# An optimizer step changes a weight in place once or twice. So many changes without
+# a move of the centroids are no initialisation and no loading of weights any more.
+UNMOVED_CHANGES = 20
 
 
-class GlobalAttention(nn.Module):
-    """Multi-head self-attention over all tokens.
+class Attention(nn.Module):
+    """What attention layers share: the projections, and cosine scores or not.
 
     Args:
         dims (int): Channels C, divisible by the heads.
@@ -33,12 +37,8 @@ class GlobalAttention(nn.Module):
             start = torch.full((num_heads, 1, 1), math.log(10.0))
             self.logit_scale = nn.Parameter(start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
-        return self.join(self.attend(*self.project(x)), x.shape)
-
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """(B, ..., C) -> what :meth:`attend` takes."""
+        """(B, ..., C) -> query, key, value, (B, H, L, D) each, and the scale."""
         return self.split(*self.qkv(x.flatten(1, -2)).chunk(3, dim=-1))
 
     def split(
@@ -62,29 +62,39 @@ class GlobalAttention(nn.Module):
         """(B, H, L, D) -> (B, ..., C), the shape, through the last projection."""
         return self.proj(out.transpose(1, 2).flatten(2)).view(shape)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
-    ) -> Tensor:
-        """(B, H, L, D) each -> (B, H, L, D)."""
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+class GlobalAttention(Attention):
+    """Multi-head self-attention over all tokens; arguments as :class:`Attention`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
+        query, key, value, scale = self.project(x)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return self.join(out, x.shape)
 
 
-class DynamicGroupAttention(GlobalAttention):
+class DynamicGroupAttention(Attention):
     """Dynamic Group Attention (DG-Attention), section 3.1 of the paper.
+
+    Two steps: :meth:`choose` assigns the queries to groups and selects every group's
+    keys, :meth:`attend` is softmax attention within the groups. A subclass with
+    another rule of choice overrides the first (docs/attention.md).
 
     The centroids are a buffer, (H, G, D) unit vectors in float32. A training
     forward pass leaves the terms of eq. 3 in ``group_sums`` and ``group_counts``,
-    :func:`update_centroids` applies eq. 4 once the iteration is over. So every
+    :func:`mmdgt.update_centroids` applies eq. 4 once the iteration is over. So every
     pass of an iteration, a recomputation under activation checkpointing too, sees
     the same centroids, and nothing is counted twice.
 
     Args:
-        dims (int): Channels C, divisible by the heads.
-        num_heads (int): Heads H.
+        dims, num_heads (int): As in :class:`Attention`.
         num_groups (int): Groups G.
         num_keys (int): Keys K that every group attends to, clamped to the tokens.
-        cosine (bool): As in :class:`GlobalAttention`. The key is normalised before
-            it is scored by the centroids.
+        cosine (bool): As in :class:`Attention`. The key is normalised before it is
+            scored by the centroids.
+
+    Warns:
+        UserWarning: Once, if the layer is trained and its centroids never move.
     """
 
     def __init__(
@@ -102,98 +112,87 @@ class DynamicGroupAttention(GlobalAttention):
         sums, counts = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int32)
         self.register_buffer('group_sums', sums, persistent=False)
         self.register_buffer('group_counts', counts, persistent=False)
+        self.moved = False  # whether update_centroids has ever seen this layer
+        self._first_version: int | None = None
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
-    ) -> Tensor:
-        """(B, H, L, D) each -> (B, H, L, D)."""
-        out, sums, counts = dynamic_group_attention(
-            query,
-            key,
-            value,
-            self.centroids,
-            self.num_keys,
-            scale,
-            with_sums=self.training,
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
+        query, key, value, scale = self.project(x)
+        group, index = self.choose(query, key)
+        return self.join(self.attend(query, key, value, group, index, scale), x.shape)
+
+    def choose(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Assign every query to a group and select every group's keys, eq. 1.
+
+        Args:
+            query, key (Tensor): (B, H, L, D), as they are scored.
+
+        Returns:
+            tuple: ``group`` (B, H, L), integer, in [0, G); ``index`` (B, H, G, K),
+            integer, in [0, L), no token twice in a row.
+        """
         if self.training:
+            group, sums, counts = assign_and_sum(query, self.centroids)
             self.group_sums.copy_(sums)
             self.group_counts.copy_(counts)
-        return out
+            if not torch.compiler.is_compiling():
+                self._warn_if_unmoved()
+        else:
+            group = assign_queries(query, self.centroids)
+        return group, select_keys(key, self.centroids, self.num_keys, sorted=False)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        group: Tensor,
+        index: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend every query to the keys of its group, eq. 2.
+
+        Args:
+            query, key, value (Tensor): (B, H, L, D).
+            group, index (Tensor): What :meth:`choose` returned.
+            scale (float, optional): Of the scores, ``D ** -0.5`` by default.
+
+        Returns:
+            Tensor: (B, H, L, D).
+        """
+        # Our own choice needs no look, for which a GPU had to be waited for.
+        own = type(self).choose is DynamicGroupAttention.choose
+        return group_attention(
+            query, key, value, group, index, scale, check_range=not own
+        )
+
+    def train(self, mode: bool = True) -> 'DynamicGroupAttention':
+        """Switch the mode; before an evaluation, see whether the centroids moved."""
+        if self.training and not mode:
+            # The only place to look where the forward pass is compiled.
+            self._warn_if_unmoved()
+        elif mode and self._first_version is None:
+            self._first_version = self.qkv.weight._version
+        return super().train(mode)
+
+    def _warn_if_unmoved(self) -> None:
+        version = self.qkv.weight._version  # counts the changes in place
+        if self._first_version is None:
+            self._first_version = version
+        changed = version - self._first_version >= UNMOVED_CHANGES
+        if changed and not self.moved and self.group_counts.any():
+            _warn_unmoved()
 
     def extra_repr(self) -> str:
         """Name the groups and keys when printed."""
         return f'num_groups={self.centroids.shape[1]}, num_keys={self.num_keys}'
 
 
-@torch.no_grad()
-def update_centroids(
-    model: nn.Module, keep: float, reseed: bool = False
-) -> dict[str, Tensor]:
-    """Move the centroids of a model to the means of their groups, eqs. 3 and 4.
-
-    ``e = Norm(keep * e + (1 - keep) * e')`` with ``e'`` the mean of the normalised
-    queries that the last training forward pass assigned to the group. To be called
-    after every training iteration, on all processes alike: sums and counts are
-    added up over them first. A group without queries keeps its centroid, and so
-    does one whose mean is not finite.
-
-    Args:
-        model (nn.Module): Any model that holds :class:`DynamicGroupAttention`.
-        keep (float): Weight of the old centroid, tau in eq. 4.
-        reseed (bool): Whether a group without queries splits a large one instead of
-            keeping its centroid: the r-th of them moves next to the centroid of the
-            r-th largest group, on the side where it was.
-
-    Returns:
-        dict: Name of every DG-Attention layer to its (H, G) numbers of queries in
-        the groups, over all processes. All zero if it did not train.
-    """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, DynamicGroupAttention)
-    }
-    if not layers:
-        return {}
-    terms = [t for m in layers.values() for t in (m.group_sums, m.group_counts)]
-    # One reduction for all layers; float64 holds the counts exactly.
-    flat = torch.cat([term.flatten().double() for term in terms])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
-    parts = iter(flat.split([term.numel() for term in terms]))
-    group_counts = {}
-    for name, layer in layers.items():
-        sums = next(parts).view_as(layer.group_sums)
-        counts = next(parts).view_as(layer.group_counts)
-        mean = sums / counts.unsqueeze(-1)  # eq. 3
-        moved = F.normalize(keep * layer.centroids + (1 - keep) * mean, dim=-1)  # eq. 4
-        usable = (counts > 0) & mean.isfinite().all(-1)
-        moved = torch.where(usable[..., None], moved, layer.centroids.double())
-        if reseed and counts.any():
-            moved = _split_largest(moved, counts)
-        layer.centroids.copy_(moved)
-        # A process that skips the next iteration adds nothing to it.
-        layer.group_sums.zero_()
-        layer.group_counts.zero_()
-        group_counts[name] = counts
-    return group_counts
-
-
-def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
-    """Put the centroids of empty groups beside those of the largest.
-
-    Args:
-        centroids (Tensor): (H, G, D).
-        counts (Tensor): (H, G).
-
-    Returns:
-        Tensor: (H, G, D).
-    """
-    empty = counts == 0
-    # Place among the empty groups of the head, round and round the others.
-    rank = (empty.cumsum(1) - 1).clamp(min=0) % (~empty).sum(1, keepdim=True)
-    by_size = counts.argsort(dim=1, descending=True, stable=True)
-    largest = by_size.gather(1, rank)[..., None].expand_as(centroids)
-    split = F.normalize(centroids.gather(1, largest) + NUDGE * centroids, dim=-1)
-    return torch.where(empty[..., None], split, centroids)
+@functools.cache
+def _warn_unmoved() -> None:
+    warnings.warn(
+        'DG-Attention is being trained, but its centroids never move. Call'
+        ' mmdgt.update_centroids(model, keep=0.1 * lr) after every optimizer step; in'
+        " OpenMMLab, put dict(type='CentroidHook') into custom_hooks",
+        stacklevel=2,
+    )

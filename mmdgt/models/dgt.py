@@ -1,169 +1,19 @@
 """The Dynamic Group Transformer (DGT, Liu et al., IJCAI 2022) as a backbone."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import DynamicGroupAttention, GlobalAttention
+from .blocks import Block, DropPath, Layer, LayerNorm2d, Stage, Stem
 from .deploy import Affine, fold_sum
-from .feed_forward import IRFFN
-from .gelu_norm import norm_of_gelu
-from .layout import feature_map, tokens
 from .mixers import build_token_mixer
-from .pretrained import strict_init
 
-BATCH_NORM = dict(type='BN')
-LINEAR_INIT = dict(type='TruncNormal', layer='Linear', std=0.02)
+LINEAR_STD = 0.02  # of the truncated normal that linear layers start from
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a feature map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return feature_map(super().forward(tokens(x)))
-
-
-class Stem(nn.Sequential):
-    """Three 3x3 convolutions, the first of stride 2, each with GELU and norm."""
-
-    def __init__(self, in_channels: int, dims: int, norm_cfg: dict) -> None:
-        layers: list[nn.Module] = []
-        for stride in (2, 1, 1):
-            layers += [
-                nn.Conv2d(in_channels, dims, 3, stride=stride, padding=1),
-                nn.GELU(),
-                build_norm_layer(norm_cfg, dims)[1],
-            ]
-            in_channels = dims
-        super().__init__(*layers)
-        self.to(memory_format=torch.channels_last)  # as the feature maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
-        layers = list(self)
-        for conv, norm in zip(layers[::3], layers[2::3], strict=True):
-            x = norm_of_gelu(norm, conv(x))
-        return x
-
-
-class CPE(nn.Conv2d):
-    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__(dims, dims, 3, padding=1, groups=dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return x + super().forward(x)
-
-
-class PatchMerging(nn.Sequential):
-    """A 3x3 convolution of stride 2 and a LayerNorm."""
-
-    def __init__(self, in_channels: int, dims: int) -> None:
-        conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
-        super().__init__(conv, LayerNorm2d(dims))
-        self.to(memory_format=torch.channels_last)  # as the feature maps
-
-
-class Block(nn.Module):
-    """CPE, attention and IRFFN, eqs. 8 to 10.
-
-    Args:
-        dims (int): Channels C.
-        attention (nn.Module): Maps (B, H, W, C) to (B, H, W, C).
-        ffn_ratio (int): Hidden channels of the IRFFN over C.
-        post_norm (bool): Whether LayerNorm comes after attention and IRFFN
-            (DGT-S, DGT-B) instead of before (DGT-T).
-        drop_path (float): Rate of stochastic depth.
-        norm_cfg (dict): Normalisation inside the IRFFN.
-        with_cp (bool): Whether to trade compute for memory by checkpointing.
-    """
-
-    def __init__(
-        self,
-        dims: int,
-        attention: nn.Module,
-        ffn_ratio: int,
-        post_norm: bool,
-        drop_path: float,
-        norm_cfg: dict,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.cpe = CPE(dims)
-        self.norm1 = LayerNorm2d(dims)
-        self.attention = attention
-        self.norm2 = LayerNorm2d(dims)
-        self.ffn = IRFFN(dims, ffn_ratio, norm_cfg)
-        self.drop_path = DropPath(drop_path)
-        self.post_norm = post_norm
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self)),
-            )
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        x = self.cpe(x)  # eq. 8
-        if self.post_norm:
-            x = x + self.drop_path(self.norm1(self._attend(x)))
-            return x + self.drop_path(self.norm2(self.ffn(x)))
-        x = x + self.drop_path(self._attend(self.norm1(x)))  # eq. 9
-        return x + self.drop_path(self.ffn(self.norm2(x)))  # eq. 10
-
-    def _attend(self, x: Tensor) -> Tensor:
-        return feature_map(self.attention(tokens(x)))
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics while a checkpoint is recomputed.
-
-    The first pass has moved them already; a second move would make training with
-    checkpoints differ from training without.
-    """
-    norms = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-class Stage(nn.Module):
-    """A patch merging layer and the blocks behind it."""
-
-    def __init__(self, in_channels: int, dims: int, blocks: Sequence[Block]) -> None:
-        super().__init__()
-        self.merge = PatchMerging(in_channels, dims)
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
-        return self.blocks(self.merge(x))
-
-
-class DGT(BaseModule):
+class DGT(nn.Module):
     """Dynamic Group Transformer.
 
     Section 3.3 and table 1 of "Dynamic Group Transformer: A General Vision
@@ -185,8 +35,8 @@ class DGT(BaseModule):
         in_channels (int): Channels of the images.
         num_groups (int): Groups G of DG-Attention.
         num_keys (int): Keys K that every group attends to, clamped to the number
-            of tokens. It shapes no parameter: the paper's 98 for 224x224 images,
-            392 for dense prediction.
+            of tokens: 392 for dense prediction, the paper's 98 to classify 224x224
+            images. It shapes no parameter (:meth:`set_num_keys`).
         out_indices (Sequence[int]): Stages whose output is returned. Stages behind
             the last of them are not built.
         out_norm (bool): Whether each output passes a LayerNorm of its own, as dense
@@ -197,18 +47,19 @@ class DGT(BaseModule):
         norm_eval (bool): Whether BatchNorm layers stay in evaluation mode.
         with_cp (bool): Whether to checkpoint the blocks, which saves memory and
             costs a second forward pass.
-        norm_cfg (dict): Normalisation over feature maps, in stem and IRFFN.
+        norm_layer (Callable): Makes the norms over feature maps, in stem and IRFFN,
+            of their channels.
+        drop_path_layer (Callable): Makes the stochastic depth of its rate.
         drop_path_rate (float): Stochastic depth, rising linearly to this rate at
             the last block.
-        token_mixer (str | dict): What attends in every stage but the last: 'group'
-            for DG-Attention; 'shifted_window' (Swin), 'cross_window' (CSWin) or
-            'reduction' (CMT) to compare with. A dict with the name as ``type`` also
-            has settings of :func:`mmdgt.models.mixers.build_token_mixer`.
-        init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
-            None draws linear layers from a truncated normal distribution of standard
-            deviation 0.02. ``dict(type='Pretrained', checkpoint=FILE,
-            prefix='backbone.')`` loads the backbone of any model, and raises where
-            the weights do not fit; a checkpoint of None is as if it were not there.
+        token_mixer (str | type | dict): What attends in every stage but the last:
+            'group' for DG-Attention, or a subclass of it with another rule of choice;
+            'shifted_window' (Swin), 'cross_window' (CSWin) or 'reduction' (CMT) to
+            compare with. A dict with that as ``type`` also has settings of
+            :func:`mmdgt.models.mixers.build_token_mixer`.
+
+    Linear layers start from a truncated normal distribution of standard deviation
+    0.02 and zero biases, all others as PyTorch starts them.
     """
 
     arch_zoo = {
@@ -240,25 +91,23 @@ class DGT(BaseModule):
         arch: str | dict = 'tiny',
         in_channels: int = 3,
         num_groups: int = 48,
-        num_keys: int = 98,
+        num_keys: int = 392,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         out_norm: bool = True,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        norm_cfg: dict = BATCH_NORM,
+        norm_layer: Layer = nn.BatchNorm2d,
+        drop_path_layer: Callable[[float], nn.Module] = DropPath,
         drop_path_rate: float = 0.0,
-        token_mixer: str | dict = 'group',
-        init_cfg: dict | list[dict] | None = None,
+        token_mixer: str | type | dict = 'group',
     ) -> None:
-        super().__init__(strict_init(init_cfg, default=LINEAR_INIT))
+        super().__init__()
         arch = self._check_arch(arch)
         dims, depths, num_heads = arch['dims'], arch['depths'], arch['num_heads']
         post_norm = arch.get('post_norm', False)
         num_stages = len(dims)
-        for name, number in (('num_groups', num_groups), ('num_keys', num_keys)):
-            if number < 1:
-                raise ValueError(f'{name} must be at least 1, got {number}')
+        _check_positive(num_groups=num_groups, num_keys=num_keys)
         self.out_indices = sorted(out_indices)
         if not out_indices or not set(out_indices) <= set(range(num_stages)):
             raise ValueError(
@@ -279,15 +128,11 @@ class DGT(BaseModule):
             shape = dict(dims=dims[stage], num_heads=num_heads[stage], cosine=post_norm)
             if stage == num_stages - 1:
                 return GlobalAttention(**shape)
-            if token_mixer in ('group', dict(type='group')):
-                return DynamicGroupAttention(
-                    num_groups=num_groups, num_keys=num_keys, **shape
-                )
             return build_token_mixer(
-                token_mixer, stage, block, norm_cfg=norm_cfg, **shape
+                token_mixer, stage, block, num_groups, num_keys, norm_layer, **shape
             )
 
-        self.stem = Stem(in_channels, arch['stem_dims'], norm_cfg)
+        self.stem = Stem(in_channels, arch['stem_dims'], norm_layer)
         last = max(sum(depths) - 1, 1)
         drop_paths = (drop_path_rate * i / last for i in range(sum(depths)))
         self.stages = nn.ModuleList()
@@ -299,8 +144,8 @@ class DGT(BaseModule):
                     attention(stage, block),
                     self.ffn_ratio,
                     post_norm,
-                    next(drop_paths),
-                    norm_cfg,
+                    drop_path_layer(next(drop_paths)),
+                    norm_layer,
                     with_cp,
                 )
                 for block in range(depths[stage])
@@ -310,7 +155,9 @@ class DGT(BaseModule):
         for stage in self.out_indices:
             norm = LayerNorm2d(dims[stage]) if out_norm else nn.Identity()
             self.add_module(f'norm{stage}', norm)
-        self._freeze()
+        self.apply(_init_linear)
+        for module in self._frozen():
+            module.requires_grad_(False)
 
     @classmethod
     def _check_arch(cls, arch: str | dict) -> dict:
@@ -373,9 +220,19 @@ class DGT(BaseModule):
         stages = self.stages[: self.frozen_stages]
         return [self.stem, *stages, *(getattr(self, name) for name in norms)]
 
-    def _freeze(self) -> None:
-        for module in self._frozen():
-            module.requires_grad_(False)
+    def set_num_keys(self, num_keys: int) -> None:
+        """Let every group attend to another number of keys, from the next pass on.
+
+        K shapes no parameter, so a trained network takes any: fewer are faster, more
+        see more (docs/attention.md).
+
+        Args:
+            num_keys (int): K, at least 1; clamped to the number of tokens.
+        """
+        _check_positive(num_keys=num_keys)
+        for module in self.modules():
+            if isinstance(module, DynamicGroupAttention):
+                module.num_keys = num_keys
 
     def switch_to_deploy(self) -> None:
         """Fold what inference can spare, once the checkpoint is loaded.
@@ -385,7 +242,7 @@ class DGT(BaseModule):
         the model can be trained no more.
 
         Raises:
-            TypeError: If ``norm_cfg`` is no batch norm.
+            TypeError: If ``norm_layer`` makes no batch norms.
         """
         self.eval().requires_grad_(False)
         for i, layer in enumerate(self.stem):
@@ -413,3 +270,15 @@ class DGT(BaseModule):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=LINEAR_STD)
+        nn.init.zeros_(module.bias)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f'{name} must be at least 1, got {number}')

@@ -1,7 +1,8 @@
 """The feed-forward network of a DGT block."""
 
+from collections.abc import Callable
+
 import torch
-from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -105,18 +106,20 @@ class IRFFN(nn.Module):
     Args:
         dims (int): Channels in and out.
         ratio (int): Hidden channels over ``dims``.
-        norm_cfg (dict): Normalisation over feature maps.
+        norm_layer (Callable): Makes the norms of their channels.
     """
 
-    def __init__(self, dims: int, ratio: int, norm_cfg: dict) -> None:
+    def __init__(
+        self, dims: int, ratio: int, norm_layer: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         hidden = dims * ratio
         self.expand = PointwiseConv(dims, hidden)
-        self.norm1 = build_norm_layer(norm_cfg, hidden)[1]
+        self.norm1 = norm_layer(hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm2 = build_norm_layer(norm_cfg, hidden)[1]
+        self.norm2 = norm_layer(hidden)
         self.reduce = PointwiseConv(hidden, dims)
-        self.norm3 = build_norm_layer(norm_cfg, dims)[1]
+        self.norm3 = norm_layer(dims)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
-"""The attention of Swin, CSWin and CMT, to stand in DGT where DG-Attention does.
+"""What mixes the tokens: DG-Attention, or that of Swin, CSWin or CMT in its place.
 
 For the paper's table 4(c). The projections, the scale of the scores and everything
 around the attention stay those of DGT; an image may have any size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
-from .attention import GlobalAttention
+from .attention import Attention, DynamicGroupAttention, GlobalAttention
+
+TOKEN_MIXERS = ('group', 'shifted_window', 'cross_window', 'reduction')
 
 
 class Windows(NamedTuple):
@@ -101,7 +102,7 @@ class Windows(NamedTuple):
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 
-class ShiftedWindowAttention(GlobalAttention):
+class ShiftedWindowAttention(Attention):
     """Attention of Swin Transformer (Liu et al., ICCV 2021) within square windows.
 
     mmpretrain's ShiftWindowMSA shifts or refuses maps that one window covers, and
@@ -113,7 +114,7 @@ class ShiftedWindowAttention(GlobalAttention):
         window_size (int): Height and width of the windows.
         shifted (bool): Whether the windows are moved by half of their size, in
             dimensions of the map that are larger than a window.
-        cosine (bool): As in :class:`GlobalAttention`.
+        cosine (bool): As in :class:`Attention`.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class ShiftedWindowAttention(GlobalAttention):
         return bias.flatten(3, 4).flatten(1, 2)
 
 
-class CrossWindowAttention(GlobalAttention):
+class CrossWindowAttention(Attention):
     """Attention of CSWin Transformer (Dong et al., CVPR 2022) within stripes.
 
     The first half of the heads attends within horizontal stripes, the other half
@@ -169,7 +170,7 @@ class CrossWindowAttention(GlobalAttention):
         dims (int): Channels C, divisible by the heads.
         num_heads (int): Heads H, an even number.
         stripe_width (int): Rows of the horizontal stripes, columns of the others.
-        cosine (bool): As in :class:`GlobalAttention`.
+        cosine (bool): As in :class:`Attention`.
     """
 
     def __init__(
@@ -217,8 +218,8 @@ class ReductionAttention(GlobalAttention):
         dims (int): Channels C, divisible by the heads.
         num_heads (int): Heads H.
         stride (int): Side of the pixels of the coarser map, and of the convolution.
-        cosine (bool): As in :class:`GlobalAttention`.
-        norm_cfg (dict): Normalisation over feature maps.
+        cosine (bool): As in :class:`Attention`.
+        norm_layer (Callable): Makes the norm of its channels.
     """
 
     def __init__(
@@ -227,14 +228,14 @@ class ReductionAttention(GlobalAttention):
         num_heads: int,
         stride: int,
         cosine: bool = False,
-        norm_cfg: dict = dict(type='BN'),
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__(dims, num_heads, cosine)
         if stride < 1:
             raise ValueError(f'strides must be at least 1, got {stride}')
         self.stride = stride
         self.reduce = nn.Conv2d(dims, dims, stride, stride, groups=dims)
-        self.norm = build_norm_layer(norm_cfg, dims)[1]
+        self.norm = norm_layer(dims)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """(B, H, W, C) -> queries (B, heads, H * W, D), fewer keys and values."""
@@ -251,32 +252,42 @@ def build_token_mixer(
     settings: str | dict,
     stage: int,
     block: int,
-    dims: int,
-    num_heads: int,
-    cosine: bool,
-    norm_cfg: dict,
+    num_groups: int,
+    num_keys: int,
+    norm_layer: Callable[[int], nn.Module],
+    **shape: Any,
 ) -> nn.Module:
-    """Build what mixes the tokens of a block in DG-Attention's place.
+    """Build what mixes the tokens of a block.
 
     Args:
         settings (str | dict): The name, or a dict with the name as ``type`` and
 
+            - of 'group', DG-Attention, **num_groups** and **num_keys** (int) in
+              place of those below;
             - of 'shifted_window', **window_size** (int), 7 as in Swin; every second
               block of a stage shifts its windows;
             - of 'cross_window', **stripe_widths** (Sequence[int]) of the stages,
               (1, 2, 7) as in CSWin;
             - of 'reduction', **strides** (Sequence[int]) of the stages, (8, 4, 2) as
               in CMT.
+
+            The type may also be a subclass of :class:`DynamicGroupAttention`.
         stage, block (int): Place of the block, from 0.
-        dims, num_heads, cosine: As in :class:`GlobalAttention`.
-        norm_cfg (dict): Normalisation over feature maps.
+        num_groups, num_keys (int): G and K of DG-Attention.
+        norm_layer (Callable): Makes a norm over feature maps of their channels.
+        shape: ``dims``, ``num_heads`` and ``cosine`` as in :class:`Attention`.
 
     Raises:
         ValueError: If the name is none of these, or a setting does not fit.
     """
-    settings = dict(type=settings) if isinstance(settings, str) else dict(settings)
-    shape = dict(dims=dims, num_heads=num_heads, cosine=cosine)
+    settings = dict(settings) if isinstance(settings, dict) else dict(type=settings)
     kind = settings.pop('type', None)
+    if kind == 'group':
+        kind = DynamicGroupAttention
+    if isinstance(kind, type) and issubclass(kind, DynamicGroupAttention):
+        return kind(
+            **shape, **(dict(num_groups=num_groups, num_keys=num_keys) | settings)
+        )
     if kind == 'shifted_window':
         return ShiftedWindowAttention(**shape, shifted=block % 2 == 1, **settings)
     if kind == 'cross_window':
@@ -284,10 +295,13 @@ def build_token_mixer(
         return CrossWindowAttention(**shape, stripe_width=width, **settings)
     if kind == 'reduction':
         stride = _of_stage('strides', settings, (8, 4, 2), stage)
-        return ReductionAttention(**shape, stride=stride, norm_cfg=norm_cfg, **settings)
+        return ReductionAttention(
+            **shape, stride=stride, norm_layer=norm_layer, **settings
+        )
     raise ValueError(
-        "token_mixer must be one of 'group', 'shifted_window', 'cross_window' and"
-        f" 'reduction', or a dict with that as its type, got {kind!r}"
+        f'token_mixer must be one of {", ".join(map(repr, TOKEN_MIXERS))}, a subclass'
+        f' of DynamicGroupAttention, or a dict with one of these as its type, got'
+        f' {kind!r}'
     )
 
 

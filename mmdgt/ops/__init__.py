@@ -1,16 +1,16 @@
 """DG-Attention as functions of tensors."""
 
+from .backend import use_backend
 from .functional import (
+    assign_and_sum,
     assign_queries,
-    dynamic_group_attention,
     group_attention,
     select_keys,
-    use_backend,
 )
 
 __all__ = [
+    'assign_and_sum',
     'assign_queries',
-    'dynamic_group_attention',
     'group_attention',
     'select_keys',
     'use_backend',

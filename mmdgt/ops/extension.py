@@ -1,4 +1,4 @@
-"""The compiled extension: whether it loads, and the devices it has kernels for."""
+"""The compiled extension: whether it loads, and what its kernels take."""
 
 import importlib
 import warnings
@@ -11,34 +11,38 @@ HOW_TO_BUILD = (
 )
 
 
-def load() -> tuple[bool, str | None]:
+def load() -> tuple[dict, str | None]:
     """Register the compiled kernels.
 
     An extension that loads but was built for another torch is used, with a warning.
 
     Returns:
-        tuple: Whether the kernels are there; what is wrong, None if nothing is.
+        tuple: The limits of the kernels as the extension states them, empty where it
+        does not load; what is wrong, None if nothing is.
     """
     try:
         extension = importlib.import_module('mmdgt._ext')
     except ModuleNotFoundError:
-        return False, 'the extension mmdgt._ext is not built'
+        return {}, 'the extension mmdgt._ext is not built'
     except ImportError as error:
-        loaded = False
+        limits = {}
         problem = (
             'the extension mmdgt._ext does not load, most likely because it was built'
             f' for another torch than {torch.__version__} ({error})'
         )
     else:
-        loaded = True
-        if extension.torch_version == torch.__version__.split('+')[0]:
-            return loaded, None
-        problem = (
-            f'the extension mmdgt._ext was built for torch {extension.torch_version},'
-            f' this is {torch.__version__}'
-        )
+        limits = getattr(extension, 'limits', {})
+        if not limits:
+            problem = 'the extension mmdgt._ext was built from an older mmdgt'
+        elif extension.torch_version == torch.__version__.split('+')[0]:
+            return limits, None
+        else:
+            problem = (
+                'the extension mmdgt._ext was built for torch'
+                f' {extension.torch_version}, this is {torch.__version__}'
+            )
     warnings.warn(f'{problem}; {HOW_TO_BUILD}', stacklevel=3)
-    return loaded, problem
+    return limits, problem
 
 
 def devices() -> list[str]:

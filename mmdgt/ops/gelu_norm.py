@@ -22,11 +22,10 @@ float32, float64 with float64 rows.
 import torch
 from torch import Tensor
 
-from . import functional
+from . import backend
 from .library import NAMESPACE
 
 ops = torch.ops.mmdgt
-CHANNEL_STEP = 16
 
 _library = torch.library.Library(NAMESPACE, 'FRAGMENT')
 
@@ -71,15 +70,7 @@ _define(
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels take a feature map (B, C, H, W) such as x, here and now.
-
-    A compiler fuses by itself, and an exported network holds no operators of ours
-    that a runtime does not know.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == 'cpu'
-        and functional.fused('gelu_norm', x)
-        and x.shape[1] % CHANNEL_STEP == 0
-        and x.numel() > 0
+    """Whether the kernels take a feature map (B, C, H, W) such as x, here and now."""
+    return x.device.type == 'cpu' and backend.channels_served(
+        'gelu_norm', x, x.shape[1]
     )

@@ -11,7 +11,7 @@ from mmengine.analysis.jit_handles import get_shape
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.library import FLOP_FORMULAS, NAMESPACE
+from ...ops.library import FLOP_FORMULAS, NAMESPACE
 
 
 def register_flop_counters() -> None:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import warnings
 
-FRAMEWORKS = ('mmpretrain', 'mmdet', 'mmseg')
+from ..frameworks import FRAMEWORKS
 
 
 def register_backbone(backbone: type) -> None:

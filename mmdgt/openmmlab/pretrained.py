@@ -14,12 +14,11 @@ OUTPUT_NORM, STAGE = r'norm\d+\.', r'stages\.\d+\.'
 NAMED = 3  # keys that a message names
 
 
-def strict_init(init_cfg: dict | list[dict] | None, default: dict) -> list[dict]:
+def strict_init(init_cfg: dict | list[dict] | None) -> list[dict]:
     """Put the strict loading where an ``init_cfg`` has mmengine's.
 
     Args:
         init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
-        default (dict): What initialises if nothing else does, or before the loading.
 
     Returns:
         list[dict]: The same with :class:`StrictPretrainedInit`, which comes last.
@@ -31,7 +30,7 @@ def strict_init(init_cfg: dict | list[dict] | None, default: dict) -> list[dict]
             pretrained.append(dict(cfg, type=StrictPretrainedInit))
         else:
             others.append(cfg)
-    return [*(others or [default]), *pretrained]
+    return [*others, *pretrained]
 
 
 class StrictPretrainedInit(PretrainedInit):

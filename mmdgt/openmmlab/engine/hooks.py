@@ -13,9 +13,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..models import update_centroids
-from ..visualization import draw_groups, find_groups, find_layer
-from .inference import viewable
+from ...models import update_centroids
+from ...visualization import draw_groups, find_groups, find_layer, viewable
 
 
 @HOOKS.register_module()
@@ -179,7 +178,7 @@ class LabelCheckHook(Hook):
                     f'{sample.seg_map_path} has label {wrong.max().item()}, expected 0'
                     f' to {head.num_classes - 1}, or {head.ignore_index} for what does'
                     f' not count, after reduce_zero_label={sample.reduce_zero_label}.'
-                    f' Mend the label map, or set num_classes of decode_head and'
+                    f' Fix the label map, or set num_classes of decode_head and'
                     f' auxiliary_head and the classes in the metainfo of the dataset'
                 )
 

@@ -13,7 +13,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from torch import Tensor, nn
 
-from ..models.pretrained import read_weights
+from ...frameworks import FRAMEWORKS
+from ...visualization import viewable
+from ..pretrained import read_weights
 
 LOADING = ('LoadImageFromFile', 'LoadAnnotations')
 
@@ -54,7 +56,7 @@ class Predictor:
         self, cfg: Config, checkpoint: str | None, device: str | None = None
     ) -> None:
         init_default_scope(cfg.default_scope)
-        self.scope = cfg.default_scope
+        self.framework = FRAMEWORKS[cfg.default_scope]
         self.model = build_model(cfg, checkpoint).to(device or get_device())
         dataset = cfg.test_dataloader.dataset
         self.metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
@@ -89,14 +91,8 @@ class Predictor:
     def draw(self, image: np.ndarray) -> np.ndarray:
         """Predict and draw the prediction over the image, (H, W, 3) BGR both."""
         sample, rgb = self.predict(image), mmcv.bgr2rgb(image)
-        if self.scope == 'mmpretrain':
-            classes = self.metainfo.get('classes')
-            drawn = self.visualizer.visualize_cls(
-                rgb, sample, classes=classes, draw_gt=False
-            )
-        else:
-            self.visualizer.add_datasample('', rgb, sample, draw_gt=False)
-            drawn = self.visualizer.get_image()
+        classes = self.metainfo.get('classes')
+        drawn = self.framework.draw(self.visualizer, rgb, sample, classes)
         return mmcv.rgb2bgr(drawn)
 
     def see(self, image: np.ndarray) -> tuple[np.ndarray, Tensor]:
@@ -112,11 +108,6 @@ class Predictor:
         item = self.prepare(image)
         inputs = self.model.data_preprocessor(pseudo_collate([item]))['inputs']
         return viewable(item['inputs']), inputs
-
-
-def viewable(image: Tensor) -> np.ndarray:
-    """(3, H, W) BGR as pipelines of OpenMMLab leave it -> (H, W, 3) RGB, uint8."""
-    return mmcv.bgr2rgb(image.byte().permute(1, 2, 0).cpu().numpy())
 
 
 def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:

@@ -1,0 +1,176 @@
+"""What DGT is made of: stem, patch merging, blocks (sections 3.2 and 3.3)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .feed_forward import IRFFN
+from .gelu_norm import norm_of_gelu
+from .layout import feature_map, tokens
+
+Layer = Callable[[int], nn.Module]  # makes a layer of so many channels
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a feature map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return feature_map(super().forward(tokens(x)))
+
+
+class Stem(nn.Sequential):
+    """Three 3x3 convolutions, the first of stride 2, each with GELU and norm."""
+
+    def __init__(self, in_channels: int, dims: int, norm_layer: Layer) -> None:
+        layers: list[nn.Module] = []
+        for stride in (2, 1, 1):
+            layers += [
+                nn.Conv2d(in_channels, dims, 3, stride=stride, padding=1),
+                nn.GELU(),
+                norm_layer(dims),
+            ]
+            in_channels = dims
+        super().__init__(*layers)
+        self.to(memory_format=torch.channels_last)  # as the feature maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
+        layers = list(self)
+        for conv, norm in zip(layers[::3], layers[2::3], strict=True):
+            x = norm_of_gelu(norm, conv(x))
+        return x
+
+
+class CPE(nn.Conv2d):
+    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + super().forward(x)
+
+
+class PatchMerging(nn.Sequential):
+    """A 3x3 convolution of stride 2 and a LayerNorm."""
+
+    def __init__(self, in_channels: int, dims: int) -> None:
+        conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
+        super().__init__(conv, LayerNorm2d(dims))
+        self.to(memory_format=torch.channels_last)  # as the feature maps
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016) per image.
+
+    Args:
+        drop_prob (float): Share of images for which a training pass drops the branch;
+            the others are scaled by ``1 / (1 - drop_prob)``.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if not self.training or not self.drop_prob:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+
+class Block(nn.Module):
+    """CPE, attention and IRFFN, eqs. 8 to 10.
+
+    Args:
+        dims (int): Channels C.
+        attention (nn.Module): Maps (B, H, W, C) to (B, H, W, C).
+        ffn_ratio (int): Hidden channels of the IRFFN over C.
+        post_norm (bool): Whether LayerNorm comes after attention and IRFFN
+            (DGT-S, DGT-B) instead of before (DGT-T).
+        drop_path (nn.Module): Stochastic depth.
+        norm_layer (Callable): Makes the norms inside the IRFFN of their channels.
+        with_cp (bool): Whether to trade compute for memory by checkpointing.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        attention: nn.Module,
+        ffn_ratio: int,
+        post_norm: bool,
+        drop_path: nn.Module,
+        norm_layer: Layer,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.cpe = CPE(dims)
+        self.norm1 = LayerNorm2d(dims)
+        self.attention = attention
+        self.norm2 = LayerNorm2d(dims)
+        self.ffn = IRFFN(dims, ffn_ratio, norm_layer)
+        self.drop_path = drop_path
+        self.post_norm = post_norm
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward,
+                x,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self)),
+            )
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = self.cpe(x)  # eq. 8
+        if self.post_norm:
+            x = x + self.drop_path(self.norm1(self._attend(x)))
+            return x + self.drop_path(self.norm2(self.ffn(x)))
+        x = x + self.drop_path(self._attend(self.norm1(x)))  # eq. 9
+        return x + self.drop_path(self.ffn(self.norm2(x)))  # eq. 10
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return feature_map(self.attention(tokens(x)))
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Keep running statistics while a checkpoint is recomputed.
+
+    The first pass has moved and counted them already; a second move would make
+    training with checkpoints differ from training without.
+    """
+    norms = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class Stage(nn.Module):
+    """A patch merging layer and the blocks behind it."""
+
+    def __init__(self, in_channels: int, dims: int, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.merge = PatchMerging(in_channels, dims)
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
+        return self.blocks(self.merge(x))

@@ -1,0 +1,1 @@
+"""What the tools need to build and run models: configs, Runners, inference."""
