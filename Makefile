@@ -24,7 +24,8 @@ export GOMP_SPINCOUNT := 20000
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
-.PHONY: train train-classification train-detection test lint gpu-check sanitize clean
+.PHONY: train train-classification train-detection test lint gpu-check sanitize \
+  emulate emulate-build emulate-ordered emulate-shuffled clean
 
 train: report-upernet_dgt_t_demo
 
@@ -69,11 +70,48 @@ gpu-check: $(VENV)/others
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/others
-	MMDGT_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --target build/sanitized \
-	  --upgrade .
+	MMDGT_SANITIZE=address,undefined $(PIP) --no-build-isolation --no-deps \
+	  --target build/sanitized --upgrade .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PYTHONSAFEPATH=1 \
 	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_norm.py
+
+# The CUDA kernels' tests on a CPU (docs/cuda.md), as the kernels are and once more with
+# early copies in a shuffled schedule. SANITIZE=address looks for overruns,
+# SANITIZE=thread for races, with a few small tests that between them run every kernel.
+SANITIZE ?=
+EMULATED := build/emulated$(addprefix -,$(SANITIZE))
+EMULATE = OMP_NUM_THREADS=1 MMDGT_EMULATED=$(EMULATED) $(RUN) -m pytest -q \
+  -p no:cacheprovider tests/test_ops_cuda.py
+FEW = -k 'equal_keys or any_scale or nan or nothing or 40-48 or 700-1-dtype1 or \
+  (test_attention and dtype2 and not 5000 and not 3000 and not 2500)'
+ifdef SANITIZE
+EMULATE += $(FEW)
+endif
+ifeq ($(SANITIZE),address)
+emulate-build: export MMDGT_SANITIZE := address,undefined
+emulate-ordered emulate-shuffled: export ASAN_OPTIONS := detect_leaks=0
+emulate-ordered emulate-shuffled: export LD_PRELOAD = \
+  $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
+else ifeq ($(SANITIZE),thread)
+emulate-build: export MMDGT_SANITIZE := thread
+emulate-ordered emulate-shuffled: export TSAN_OPTIONS := \
+  halt_on_error=1:ignore_noninstrumented_modules=1
+emulate-ordered emulate-shuffled: export LD_PRELOAD = $(shell gcc -print-file-name=libtsan.so)
+endif
+
+emulate: emulate-build
+	$(MAKE) -j2 emulate-ordered emulate-shuffled
+
+emulate-build: $(VENV)/others
+	MMDGT_EMULATE=1 $(RUN) setup.py -q build_ext --build-lib $(EMULATED) \
+	  --build-temp $(EMULATED)
+
+emulate-ordered:
+	$(EMULATE)
+
+emulate-shuffled:
+	MMDGT_EMULATE_COPIES=early MMDGT_EMULATE_SHUFFLE=1 $(EMULATE)
 
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@

@@ -6,9 +6,9 @@ package installs without it and runs on its plain PyTorch operators.
 
 Environment: MMDGT_WITH_OPS=0 leaves the extension out; FORCE_CUDA=1 compiles
 the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
-for any PyTorch extension; MMDGT_SANITIZE=1 builds with ASan and UBSan, to be
-tested under LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc
--print-file-name=libstdc++.so)" and ASAN_OPTIONS=detect_leaks=0.
+for any PyTorch extension; MMDGT_SANITIZE=address,undefined or =thread builds with
+these sanitizers and MMDGT_EMULATE=1 the CUDA kernels for the CPU in place of its own
+(docs/cuda.md): see the Makefile for how to test either.
 """
 
 import importlib.util
@@ -70,6 +70,19 @@ def with_cuda() -> bool:
     return True
 
 
+def kernels_for_cpu() -> list[str]:
+    """The emulation and, as C++ files that include them, the CUDA kernels."""
+    folder = Path('build', 'cuda_as_cpp')
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(glob('csrc/emulation/*.cpp'))
+    for kernel in sorted(glob('csrc/cuda/*.cu')):
+        source = folder / f'{Path(kernel).stem}.cpp'
+        if not source.is_file():
+            source.write_text(f'#include "{Path(kernel).relative_to("csrc")}"\n')
+        sources.append(str(source))
+    return sources
+
+
 def compiled_operators() -> dict:
     """The extension as setup() takes it, nothing where it cannot be built."""
     if os.getenv('MMDGT_WITH_OPS', '1') == '0':
@@ -89,14 +102,21 @@ def compiled_operators() -> dict:
     if compiler_accepts('-fopenmp'):  # without it at::parallel_for is serial
         cxx += ['-fopenmp']
         link += ['-fopenmp']
-    if os.getenv('MMDGT_SANITIZE', '0') == '1':
-        sanitize = ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
+    if sanitizers := os.getenv('MMDGT_SANITIZE'):
+        sanitize = [f'-fsanitize={sanitizers}', '-fno-sanitize-recover=all']
         cxx += [*sanitize, '-O1', '-g', '-fno-omit-frame-pointer']
         link += sanitize
-    sources = sorted(glob('csrc/*.cpp') + glob('csrc/cpu/*.cpp'))
+    sources = sorted(glob('csrc/*.cpp'))
     includes = [str(Path('csrc').resolve()), str(headers)]
     extension, flags = CppExtension, {'cxx': cxx}
-    if with_cuda():
+    if os.getenv('MMDGT_EMULATE', '0') == '1':
+        sources += kernels_for_cpu()
+        macros.append(('MMDGT_EMULATE', None))
+        # nvcc has these habits too: other types alias, a * b + c is rounded once.
+        cxx += ['-march=native', '-fno-strict-aliasing', '-Wno-unknown-pragmas']
+    else:
+        sources += sorted(glob('csrc/cpu/*.cpp'))
+    if os.getenv('MMDGT_EMULATE', '0') != '1' and with_cuda():
         extension = CUDAExtension
         sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
         includes.append(str(headers / 'cuda'))

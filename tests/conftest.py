@@ -1,5 +1,5 @@
 import contextlib
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -14,6 +14,13 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+
+if emulated := os.environ.get('MMDGT_EMULATED'):
+    # The CUDA kernels as `make emulate` compiles them serve CPU tensors in place of
+    # the extension.
+    (library,) = Path(emulated).glob('mmdgt/_ext*.so')
+    spec = importlib.util.spec_from_file_location('mmdgt._ext', library)
+    sys.modules['mmdgt._ext'] = importlib.util.module_from_spec(spec)
 
 
 @pytest.fixture(autouse=True)

@@ -1,36 +1,43 @@
 """The CUDA kernels against a separately written float64 reference.
 
+On a GPU or, under `make emulate`, on a CPU (docs/cuda.md).
+
 All data of the exact tests are small integers: every score is then exact in any
 arithmetic, so choices can be compared one by one, ties included.
 """
+
+import os
 
 import pytest
 import torch
 
 from mmdgt.ops import library
 
+EMULATED = 'MMDGT_EMULATED' in os.environ  # see conftest.py
+DEVICE = 'cpu' if EMULATED else 'cuda'
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available()
+    not (EMULATED or torch.cuda.is_available())
     or not torch._C._dispatch_has_kernel_for_dispatch_key(
-        'mmdgt::group_attention', 'CUDA'
+        'mmdgt::group_attention', DEVICE.upper()
     ),
-    reason='needs a GPU and the extension with its CUDA part',
+    reason='needs a GPU and the extension with its CUDA part, or `make emulate`',
 )
+needs_gpu = pytest.mark.skipif(EMULATED, reason='needs a GPU')
 ops = library.ops
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
 
 
 def rng(seed=0):
-    return torch.Generator('cuda').manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, device='cuda', generator=rng(seed)).to(dtype)
+    return torch.randn(*shape, device=DEVICE, generator=rng(seed)).to(dtype)
 
 
 def integers(*shape, low=-3, high=4, dtype=torch.float32, seed=0):
-    x = torch.randint(low, high, shape, device='cuda', generator=rng(seed))
+    x = torch.randint(low, high, shape, device=DEVICE, generator=rng(seed))
     return x.to(dtype)
 
 
@@ -50,12 +57,12 @@ def ranked(scores):
 
 
 def random_choice(B, H, L, G, K, draw='random', seed=3):
-    group = torch.randint(0, G, (B, H, L), device='cuda', generator=rng(seed))
+    group = torch.randint(0, G, (B, H, L), device=DEVICE, generator=rng(seed))
     if draw == 'skewed':
         group = (group * group) // G
     elif draw == 'one':
         group = torch.full_like(group, G // 2)
-    order = torch.rand(B, H, G, L, device='cuda', generator=rng(seed + 1))
+    order = torch.rand(B, H, G, L, device=DEVICE, generator=rng(seed + 1))
     return group.int(), order.argsort(-1)[..., :K].int().contiguous()
 
 
@@ -179,17 +186,17 @@ def test_selection_among_very_many(L, K, G):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_selection_of_equal_keys_takes_the_lowest_tokens(dtype):
-    key = torch.ones(1, 2, 5000, 32, device='cuda', dtype=dtype)
+    key = torch.ones(1, 2, 5000, 32, device=DEVICE, dtype=dtype)
     centroids = integers(2, 17, 32, seed=1)
     index = ops.select_keys(key, centroids, 98, True)
-    assert torch.equal(index, torch.arange(98, device='cuda').expand_as(index).int())
+    assert torch.equal(index, torch.arange(98, device=DEVICE).expand_as(index).int())
 
 
 @pytest.mark.parametrize('L, K', [(3136, 98), (20000, 392)])
 @pytest.mark.parametrize('misled', ['few', 'many'])
 def test_selection_when_the_sample_misleads(L, K, misled):
     samples = 512  # as make_plan and sampled_token of select_keys.cu have it
-    i = torch.arange(samples, device='cuda')
+    i = torch.arange(samples, device=DEVICE)
     begin, end = i * L // samples, (i + 1) * L // samples
     sampled = begin + ((i * 2654435761 & 0xFFFFFFFF) * (end - begin) >> 32)
     key, centroids = integers(1, 2, L, 32), integers(2, 20, 32, seed=1)
@@ -211,7 +218,7 @@ def test_selection_with_nan_and_infinity():
     key[0, 0, 77, 0] = torch.inf
     centroids[..., 0] = 1
     index = ops.select_keys(key, centroids, 98, True)
-    assert (index[0, 1, :, :2] == torch.tensor([5, 3000], device='cuda')).all()
+    assert (index[0, 1, :, :2] == torch.tensor([5, 3000], device=DEVICE)).all()
     assert (index[0, 0, :, 0] == 77).all()
     assert all(len(set(row.tolist())) == 98 for row in index[0].flatten(0, 1))
 
@@ -306,9 +313,9 @@ def test_nan_stays_in_its_image(L):
 
 @pytest.mark.parametrize('shape', [(0, 2, 10, 32), (2, 2, 0, 32), (2, 0, 10, 32)])
 def test_nothing_to_do(shape):
-    q = torch.zeros(shape, device='cuda')
+    q = torch.zeros(shape, device=DEVICE)
     B, H, L, D = shape
-    centroids = torch.zeros(H, 4, D, device='cuda')
+    centroids = torch.zeros(H, 4, D, device=DEVICE)
     group, sums, counts = ops.assign_queries(q, centroids, True)
     assert sums.shape == (H, 4, D) and not sums.any() and not counts.any()
     index = ops.select_keys(q, centroids, 5, True)
@@ -333,6 +340,7 @@ def test_results_repeat_bit_by_bit(L):
         assert torch.equal(first, second)
 
 
+@needs_gpu
 @pytest.mark.parametrize('L', [196, 3136])
 def test_runs_in_a_graph(L):
     q, k, v = projection(2, 2, L, 32, torch.bfloat16)
@@ -368,6 +376,7 @@ def test_unaligned_and_broadcast_inputs():
     assert error(out, expected) < 5e-3
 
 
+@needs_gpu
 @pytest.mark.skipif(
     torch.cuda.is_available()
     and torch.cuda.get_device_properties(0).total_memory < 100 << 30,
@@ -376,7 +385,7 @@ def test_unaligned_and_broadcast_inputs():
 def test_more_than_two_to_the_31_elements():
     B, H, L, D, G, K = 34, 2, 2**20, 32, 8, 16
     assert B * H * L * D > 2**31
-    q = torch.empty(B, H, L, D, device='cuda', dtype=torch.bfloat16)
+    q = torch.empty(B, H, L, D, device=DEVICE, dtype=torch.bfloat16)
     for b in range(B):
         q[b] = randn(H, L, D, dtype=torch.bfloat16, seed=b)
     centroids = centroids_of(H, G, D)

@@ -1,0 +1,197 @@
+"""Plants bugs in a copy of the CUDA kernels and shows that the emulation finds them.
+
+Every bug is built into the emulation (docs/cuda.md) on its own and has to fail a few
+tests of tests/test_ops_cuda.py in one of the emulation's modes; the kernels as they
+are have to pass the same. Prints a table and fails where a bug goes unseen.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+# What a mode adds to the environment of the tests; the sanitizer comes first.
+LATE = ('', {'MMDGT_EMULATE_COPIES': 'late'})
+EARLY = ('', {'MMDGT_EMULATE_COPIES': 'early', 'MMDGT_EMULATE_SHUFFLE': '1'})
+ADDRESS = ('address,undefined', {'ASAN_OPTIONS': 'detect_leaks=0'})
+THREAD = (
+    'thread',
+    {'TSAN_OPTIONS': 'halt_on_error=1:ignore_noninstrumented_modules=1'},
+)
+LIBRARIES = {
+    '': (),
+    'address,undefined': ('libasan.so', 'libstdc++.so'),
+    'thread': ('libtsan.so',),
+}
+
+
+@dataclasses.dataclass
+class Bug:
+    """A change of one place in a kernel, and who is to find it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # as pytest's -k
+    mode: tuple[str, dict[str, str]]
+
+
+SMALL = 'test_attention and 1000-32-48-98-random and dtype2'
+BUGS = (
+    Bug(
+        'a barrier is gone',
+        'group_attention_backward.cu',
+        """      }
+    }
+    __syncthreads();
+  }
+  if (!active) return;""",
+        """      }
+    }
+  }
+  if (!active) return;""",
+        SMALL,
+        EARLY,
+    ),
+    Bug(
+        'a wait is off by one',
+        'group_attention_backward.cu',
+        'ptx::wait_for_copies<1>();',
+        'ptx::wait_for_copies<2>();',
+        SMALL,
+        LATE,
+    ),
+    Bug(
+        'a __syncwarp is missing',
+        'sort_queries.cu',
+        """      __syncwarp();
+      if (g[i] >= 0 && rank == 0)""",
+        """      if (g[i] >= 0 && rank == 0)""",
+        SMALL,
+        LATE,
+    ),
+    Bug(
+        'an index is out of bounds',
+        'assign_queries.cu',
+        'if (token < end) {',
+        'if (token <= end) {',
+        'test_assignment_has_float32_accuracy and dtype2',
+        ADDRESS,
+    ),
+    Bug(
+        'a race in shared memory',
+        'sort_queries.cu',
+        'atomicAdd(&size[g], 1);',
+        'size[g] += 1;',
+        SMALL,
+        THREAD,
+    ),
+    Bug(
+        'a wrong layout of mma',
+        'masked_attention.cu',
+        'const int column = row + 2 * (lane % 4) + odd;',
+        'const int column = row + lane % 4 + 4 * odd;',
+        'test_attention and 196-32-48-98-random and dtype2',
+        LATE,
+    ),
+)
+
+
+def build(folder: Path, sanitizer: str) -> None:
+    """Compile the emulation in a copy of the sources."""
+    target = f'build/{sanitizer or "plain"}'
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_ext']
+        + ['--build-lib', target, '--build-temp', target],
+        cwd=folder,
+        env={**os.environ, 'MMDGT_EMULATE': '1', 'MMDGT_SANITIZE': sanitizer},
+        check=True,
+    )
+
+
+def passes(folder: Path, tests: str, mode: tuple[str, dict[str, str]]) -> bool:
+    """Whether the tests pass with the emulation in that folder."""
+    sanitizer, environment = mode
+    libraries = ' '.join(
+        subprocess.run(
+            ['gcc', f'-print-file-name={name}'], capture_output=True, text=True
+        ).stdout.strip()
+        for name in LIBRARIES[sanitizer]
+    )
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
+        + ['tests/test_ops_cuda.py', '-k', tests],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            **environment,
+            'OMP_NUM_THREADS': '1',
+            'LD_PRELOAD': libraries,
+            'MMDGT_EMULATED': str(folder / 'build' / (sanitizer or 'plain')),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode == 5:
+        raise RuntimeError(f'no test is called {tests!r}')
+    return result.returncode == 0
+
+
+def plant(bug: Bug, folder: Path) -> bool:
+    """Whether the bug is caught and the kernel without it passes."""
+    kernel = folder / 'csrc' / 'cuda' / bug.file
+    source = kernel.read_text()
+    if source.count(bug.old) != 1:
+        raise RuntimeError(
+            f'{bug.file} should have once what "{bug.name}" changes, {bug.old!r}, and'
+            f' has it {source.count(bug.old)} times; name another place'
+        )
+    build(folder, bug.mode[0])
+    if not passes(folder, bug.tests, bug.mode):
+        raise RuntimeError(f'{bug.tests} fails without "{bug.name}"')
+    kernel.write_text(source.replace(bug.old, bug.new))
+    build(folder, bug.mode[0])
+    caught = not passes(folder, bug.tests, bug.mode)
+    kernel.write_text(source)
+    return caught
+
+
+def main() -> None:
+    """Plant all bugs, or those whose names contain a word."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--only', default='', help='a part of the names of bugs')
+    args = parser.parse_args()
+    print('| bug | kernel | sanitizer | mode | caught |\n| --- | --- | --- | --- | --- |')
+    unseen = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(REPOSITORY / 'csrc', folder / 'csrc')
+        for file in ('setup.py', 'pyproject.toml', 'README.md'):
+            shutil.copy(REPOSITORY / file, folder)
+        (folder / 'mmdgt').mkdir()
+        shutil.copy(REPOSITORY / 'mmdgt' / 'version.py', folder / 'mmdgt')
+        for bug in BUGS:
+            if args.only not in bug.name:
+                continue
+            caught = plant(bug, folder)
+            unseen += not caught
+            sanitizer, environment = bug.mode
+            mode = ', '.join(v for k, v in environment.items() if 'EMULATE' in k)
+            print(
+                f'| {bug.name} | {bug.file} | {sanitizer} | {mode} |'
+                f' {"yes" if caught else "NO"} |',
+                flush=True,
+            )
+    sys.exit(unseen > 0)
+
+
+if __name__ == '__main__':
+    main()
