@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 #pragma unroll kBatch
   for (int token = begin + threadIdx.x; token < end; token += kThreads) {
-    atomicAdd(&size[group_in_range(group[token], num_groups)], 1);
+    const int g = group_in_range(group[token], num_groups);
+    atomicAdd(&size[g], 1);
   }
   __syncthreads();
   if (threadIdx.x < num_groups) {

@@ -99,6 +99,22 @@ def why_not_fused(tokens: Tensor, num_groups: int) -> str | None:
     return None
 
 
+def few_served(tokens: Tensor, num_groups: int) -> bool:
+    """Whether one kernel assigns, selects and attends for these (B, H, L, D) tokens."""
+    device = tokens.device.type.upper()
+    return (
+        _choice.name != 'reference'
+        and not torch.onnx.is_in_onnx_export()
+        and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f'{library.NAMESPACE}::choose_and_attend', device
+        )
+        and why_not_fused(tokens, num_groups) is None
+        and tokens.element_size() == 2
+        and tokens.shape[2] <= _limits['max_few_tokens']
+        and tokens.shape[3] <= _limits['max_few_head_dim']
+    )
+
+
 def channels_served(name: str, x: Tensor, channels: int) -> bool:
     """Whether a kernel of an operator by channels serves x, here and now.
 
