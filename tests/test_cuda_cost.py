@@ -23,7 +23,10 @@ LINES = [
     *((0x90 + 0x10 * i, 'FFMA R14, R14, R14, R14', 7, 0) for i in range(12)),
     (0x150, 'STG.E.64 desc[UR4][R2.64], R14', 7, 0b1000),
     (0x160, '@P2 BRA 0x20', 7, 0),
+    (0x164, '@P3 BRA 0x180', 7, 0),
     (0x170, 'EXIT', 7, 0),
+    (0x180, 'FADD R14, R14, R14', 7, 0),
+    (0x190, 'BRA 0x170', 7, 0),  # out of line: no loop
 ]
 
 

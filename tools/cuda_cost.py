@@ -68,7 +68,7 @@ def launched_shared(kernel: str) -> int:
     terms = {'bfloat16': 3, 'half': 2}.get(arguments[0] if arguments else '', 1)
     operands = dim // 16 * terms * 32 * 8 * size  # of 16 centroids
     rows = -(-TOKENS // 16) * 16
-    masks = (rows + GROUPS) * -(-TOKENS // 32) * 4
+    masks = 32 * GROUPS  # bytes, of up to 256 tokens
     formulas = {
         'assign_kernel': lambda: GROUPS // 16 * operands,
         'collect_kernel': lambda: GROUPS // 16 * operands,
@@ -81,7 +81,14 @@ def launched_shared(kernel: str) -> int:
         ),
         'grad_query_kernel': lambda: 4 * sizes[1] * dim * size,
         'masked_kernel': lambda: 2 * rows * 32 * size + masks,
-        'masked_backward_kernel': lambda: 4 * rows * 32 * size + masks,
+        'masked_backward_kernel': lambda: (4 * size * rows + rows + GROUPS) * 32,
+        'choose_and_attend_kernel': lambda: (
+            rows * 32 * size
+            + GROUPS * (rows + 8) * 4
+            + GROUPS // 16 * 2 * terms * 32 * 8 * size
+            + masks
+            + -(-rows // 32) * 640
+        ),
     }
     return formulas.get(name, int)()
 
@@ -206,16 +213,59 @@ def exposed_loads(instructions: list[Instruction]) -> int:
     return count
 
 
+def successors(instructions: list[Instruction]) -> list[list[int]]:
+    """For every instruction, which may come next."""
+    place = {instruction.address: i for i, instruction in enumerate(instructions)}
+    result = []
+    for i, instruction in enumerate(instructions):
+        after = [i + 1] if i + 1 < len(instructions) else []
+        name = instruction.opcode.split('.')[0]
+        if name in ('BRA', 'EXIT', 'RET') and not instruction.text.startswith('@'):
+            after = []
+        target = re.search(r'(0x[0-9a-f]+)\W*$', instruction.text)
+        if name in ('BRA', 'WARPSYNC') and target and int(target[1], 16) in place:
+            after.append(place[int(target[1], 16)])
+        result.append(after)
+    return result
+
+
+def reachable(start: int, edges: list[list[int]], without: int) -> set[int]:
+    """What can be reached from an instruction, not going through another one."""
+    seen, open_ends = set(), [start] if start != without else []
+    while open_ends:
+        i = open_ends.pop()
+        if i not in seen:
+            seen.add(i)
+            open_ends += [j for j in edges[i] if j != without]
+    return seen
+
+
+def loop_bodies(instructions: list[Instruction]) -> dict[int, set[int]]:
+    """Natural loops: from where they begin to the instructions in them.
+
+    Jumps back from code that stands out of line, such as that of a rare case, make
+    no loop: where they lead to is reached in other ways too.
+    """
+    forward = successors(instructions)
+    backward = [[] for _ in instructions]
+    for i, after in enumerate(forward):
+        for j in after:
+            backward[j].append(i)
+    bodies = {}
+    for last, after in enumerate(forward):
+        for first in after:
+            if first <= last and last not in reachable(0, forward, without=first):
+                body = reachable(last, backward, without=first) | {first}
+                bodies[first] = bodies.get(first, set()) | body
+    return bodies
+
+
 def loops(instructions: list[Instruction]) -> list[dict]:
     """Every loop: its address, depth, instructions by pipe, and bytes of a warp."""
-    bounds = set()
-    for instruction in instructions:
-        target = re.search(r'\bBRA\S*\s+.*?(0x[0-9a-f]+)', instruction.text)
-        if target and int(target[1], 16) < instruction.address:
-            bounds.add((int(target[1], 16), instruction.address))
+    bodies = loop_bodies(instructions)
     result = []
-    for first, last in sorted(bounds):
-        body = [i for i in instructions if first <= i.address <= last]
+    for first, places in sorted(bodies.items()):
+        body = [instructions[i] for i in sorted(places)]
         pipes = Counter(i.pipe for i in body)
         moved = Counter()
         for instruction in body:
@@ -223,8 +273,9 @@ def loops(instructions: list[Instruction]) -> list[dict]:
             moved[space] += 32 * size
         result.append(
             {
-                'at': first,
-                'depth': sum(a <= first and last <= b for a, b in bounds),
+                'at': instructions[first].address,
+                'depth': sum(places <= other for other in bodies.values()),
+                'innermost': not any(other < places for other in bodies.values()),
                 'instructions': len(body),
                 **{pipe: pipes[pipe] for pipe in (*PIPES, 'other') if pipes[pipe]},
                 'exposed_loads': exposed_loads(body),
@@ -361,13 +412,12 @@ def measure_revision(
 
 
 def heaviest_loop(row: dict) -> dict:
-    """The loop with most products, the innermost of such, the largest of such."""
-    found = row['loops']
-    if not found:
-        return {}
+    """Of the innermost loops the one with most products, the largest of such."""
+    inner = [loop for loop in row['loops'] if loop['innermost']]
     return max(
-        found,
-        key=lambda loop: (loop.get('mma', 0), loop['depth'], loop['instructions']),
+        inner,
+        key=lambda loop: (loop.get('mma', 0), loop['instructions']),
+        default={},
     )
 
 
@@ -403,10 +453,10 @@ def markdown(kernels: list[dict], about: dict) -> str:
         '',
         'Registers are those of a thread. Shared memory is what a kernel declares and,',
         f'for {GROUPS} groups and {TOKENS} tokens, a launch adds; the warps that a',
-        'multiprocessor holds follow from both. An exposed load is one from global memory',
-        f'that is waited for within {AT_ONCE} instructions. The loop is the innermost one',
-        'with most matrix products; its instructions are given by pipe, its bytes are',
-        'those of a warp in one pass. Nothing here is a time.',
+        'multiprocessor holds follow from both. An exposed load is one from global',
+        f'memory that is waited for within {AT_ONCE} instructions. The loop is the',
+        'innermost one with most matrix products; its instructions are given by pipe,',
+        'its bytes are those of a warp in one pass. Nothing here is a time.',
         '',
         '| ' + ' | '.join(COLUMNS) + ' |',
         '| ' + ' | '.join(['---'] * 2 + ['--:'] * (len(COLUMNS) - 2)) + ' |',

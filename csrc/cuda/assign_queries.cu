@@ -78,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2);
   const int64_t G = centroids.size(1);
   at::Tensor group = at::empty({B, H, L}, query.options().dtype(at::kInt));
-  const at::Tensor rows = aligned_rows(query);
+  const at::Tensor rows = aligned_rows(query), own = aligned_centroids(centroids);
   if (group.numel() > 0) {
     dispatch_tokens(rows, [&](auto type, auto width) {
       using T = typename decltype(type)::type;
@@ -88,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
       const int64_t chunk =
           tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
       launch(assign_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), rows), kThreads,
-             shared_bytes, Rows<const T>(rows), centroids.const_data_ptr<float>(),
+             shared_bytes, Rows<const T>(rows), own.const_data_ptr<float>(),
              group.mutable_data_ptr<int>(), Sizes(query, G, 0), static_cast<int>(chunk));
     });
   }

@@ -225,8 +225,9 @@ choose_and_attend_cuda(const at::Tensor& query, const at::Tensor& key,
   at::Tensor masks = at::empty({B, H, G, kMaxFewTokens / 32}, ints);
   const at::Tensor q = aligned_rows(query);
   if (group.numel() > 0) {
-    choose_and_attend(q, aligned_rows(key), aligned_rows(value), centroids, num_keys,
-                      scale, out, logsumexp, group, masks);
+    choose_and_attend(q, aligned_rows(key), aligned_rows(value),
+                      aligned_centroids(centroids), num_keys, scale, out, logsumexp,
+                      group, masks);
   }
   const auto [sums, counts] =
       with_sums ? sum_queries(q, group, G) : no_sums(query.options());

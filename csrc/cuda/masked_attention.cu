@@ -127,8 +127,8 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // One row of attention, one key at a time, an element of D per lane.
 template <typename T>
-__attribute__((noinline)) __device__ void attend_row(const Forward<T>& to, int token,
-                                                     const uint32_t* seen) {
+__device__ __forceinline__ void attend_row(const Forward<T>& to, int token,
+                                           const uint32_t* seen) {
   const int lane = threadIdx.x % 32;
   const bool inside = lane < to.sizes.dim;
   const auto element = [&](const Rows<const T>& rows, int t) {
@@ -257,9 +257,10 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
   }
   if ((again[0] | again[1]) == 0) return;
   for (int row = 0; row < 16; ++row) {
-    if ((again[row / 8] >> 4 * (row % 8) & 15) == 0) continue;
-    const int own_group = __shfl_sync(~0u, group[row / 8], 4 * (row % 8));
-    attend_row(to, first + row, masks + own_group * kMaskWords);
+    if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 15) == 0) continue;
+    const int own_group = row < 8 ? group[0] : group[1];
+    attend_row(to, first + row,
+               masks + __shfl_sync(~0u, own_group, 4 * (row % 8)) * kMaskWords);
   }
 }
 
@@ -456,9 +457,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
 
 // The gradient of one query, one key at a time, an element of D per lane.
 template <typename T>
-__attribute__((noinline)) __device__ void grad_query_row(const Backward<T>& to, int token,
-                                                         const uint32_t* seen,
-                                                         float2 statistic) {
+__device__ __forceinline__ void grad_query_row(const Backward<T>& to, int token,
+                                               const uint32_t* seen, float2 statistic) {
   const int lane = threadIdx.x % 32;
   const bool inside = lane < to.sizes.dim;
   const auto element = [&](const Rows<const T>& rows, int t) {
@@ -480,9 +480,9 @@ __attribute__((noinline)) __device__ void grad_query_row(const Backward<T>& to, 
 
 // The gradients of one key and its value, one query at a time.
 template <typename T>
-__attribute__((noinline)) __device__ void grad_key_row(const Backward<T>& to, int token,
-                                                       const uint32_t* seen,
-                                                       const float2* statistic) {
+__device__ __forceinline__ void grad_key_row(const Backward<T>& to, int token,
+                                             const uint32_t* seen,
+                                             const float2* statistic) {
   const int lane = threadIdx.x % 32;
   const bool inside = lane < to.sizes.dim;
   const auto element = [&](const Rows<const T>& rows, int t) {
@@ -637,7 +637,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
     if ((again[0] | again[1]) == 0) continue;
     __syncwarp();  // for the statistics
     for (int row = 0; row < 16; ++row) {
-      if ((again[row / 8] >> 4 * (row % 8) & 1) == 0) continue;
+      if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 1) == 0) continue;
       grad_query_row(to, first + row, seen + (first + row) * kMaskWords,
                      statistic[first + row]);
     }
@@ -710,7 +710,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
                          sizes.dim);
     }
     for (int row = 0; row < 16; ++row) {
-      if ((again[row / 8] >> 4 * (row % 8) & 1) == 0) continue;
+      if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 1) == 0) continue;
       grad_key_row(to, first + row, seen, statistic);
     }
   }

@@ -60,6 +60,12 @@ inline at::Tensor aligned_rows(const at::Tensor& tokens) {
   return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
+// Kernels read two elements of a centroid at a time.
+inline at::Tensor aligned_centroids(const at::Tensor& centroids) {
+  const bool aligned = reinterpret_cast<uintptr_t>(centroids.data_ptr()) % 8 == 0;
+  return aligned ? centroids : centroids.clone();
+}
+
 // A row as operand of products over D. Of every 32 elements a thread holds the
 // eight from 8 * (lane % 4) on, as four pairs, so that it loads them at once; the
 // k of the products are permuted alike for both operands, which changes nothing.

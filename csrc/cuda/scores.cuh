@@ -183,8 +183,8 @@ __device__ __forceinline__ int lane_of_token(int token) {
 
 // The score of one token as plain multiply-adds.
 template <typename T>
-__attribute__((noinline)) __device__ float plain_score(const T* token,
-                                                       const float* centroid, int dim) {
+__device__ __forceinline__ float plain_score(const T* token, const float* centroid,
+                                             int dim) {
   float sum = 0.f;
   for (int c = 0; c < dim; c += 8) {
     Pair<T> pairs[4];
@@ -221,13 +221,16 @@ __device__ __forceinline__ void repair_scores(float (&score)[N][4],
                                               const float* centroids, int first_group,
                                               const Sizes& sizes, TokenAt&& token_at) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 1  // rare, so short
   for (int i = 0; i < 4 * N; ++i) {
     const int group = first_group + lane / 4 + 8 * (i % 4 / 2);
     const int token = token_at(8 * (i / 4) + 2 * (lane % 4) + i % 2);
-    if (isnan(score[i / 4][i % 4]) && group < sizes.num_groups && token >= 0) {
-      score[i / 4][i % 4] = plain_score(rows.row(rows.head(), token),
-                                        centroids + group * sizes.dim, sizes.dim);
+    if (group >= sizes.num_groups || token < 0) continue;
+    const float again = plain_score(rows.row(rows.head(), token),
+                                    centroids + group * sizes.dim, sizes.dim);
+#pragma unroll
+    for (int j = 0; j < 4 * N; ++j) {
+      if (j == i && isnan(score[j / 4][j % 4])) score[j / 4][j % 4] = again;
     }
   }
 }

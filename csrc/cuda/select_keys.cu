@@ -502,7 +502,8 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
   if (index.numel() == 0) return index;
 
   const at::Tensor rows = aligned_rows(key);
-  const float* centroid = centroids.const_data_ptr<float>();
+  const at::Tensor own = aligned_centroids(centroids);
+  const float* centroid = own.const_data_ptr<float>();
   const Sizes sizes(key, G, num_keys);
   if (L <= 1024 && !sorted) {
     dispatch_tokens(rows, [&](auto type, auto width) {
