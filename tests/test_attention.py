@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmdgt.models import DynamicGroupAttention, GlobalAttention, update_centroids
+from mmdgt.models import (
+    DynamicGroupAttention,
+    GlobalAttention,
+    attention,
+    update_centroids,
+)
 
 
 def to_numpy(x):
@@ -124,3 +129,81 @@ def test_centroids_stay_in_float32_under_autocast():
     assert layer.group_sums.dtype == layer.centroids.dtype == torch.float32
     update_centroids(layer, 0.1)
     torch.testing.assert_close(layer.centroids.norm(dim=-1), torch.ones(2, 4))
+
+
+def sgd_steps(layer, number, after_step=lambda: None, passes=1):
+    """Train a layer without a word of its centroids."""
+    optimizer = torch.optim.SGD([p for p in layer.parameters()], lr=0.01)
+    for _ in range(number):
+        for _ in range(passes):
+            layer(torch.randn(1, 20, 16)).square().sum().backward()
+        optimizer.step()
+        after_step()
+
+
+@pytest.fixture
+def untold():
+    """As if no layer had warned before."""
+    attention._warn_unmoved.cache_clear()
+
+
+def test_a_loop_that_never_moves_the_centroids_is_told_once(untold):
+    layers = [DynamicGroupAttention(16, 2, num_groups=4) for _ in range(2)]
+    with pytest.warns(UserWarning, match=r'update_centroids.*CentroidHook') as told:
+        for layer in layers:
+            sgd_steps(layer, 30)
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings('error')
+def test_loops_that_move_them_are_not_told(untold):
+    layer = DynamicGroupAttention(16, 2, num_groups=4)
+    sgd_steps(layer, 30, lambda: update_centroids(layer, 0.1))
+    sgd_steps(layer, 30)  # moved on purpose no more
+    accumulating = DynamicGroupAttention(16, 2, num_groups=4)
+    sgd_steps(accumulating, 3, lambda: update_centroids(accumulating, 0.1), passes=30)
+    frozen = DynamicGroupAttention(16, 2, num_groups=4).eval()
+    sgd_steps(frozen, 30)
+    for _ in range(50):
+        DynamicGroupAttention(16, 2, num_groups=4)(torch.randn(1, 20, 16))
+
+
+def test_a_compiled_loop_is_told_before_its_evaluation(untold):
+    layer = DynamicGroupAttention(16, 2, num_groups=4).train()
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    for _ in range(30):
+        compiled(torch.randn(1, 20, 16)).square().sum().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match='never move'):
+        layer.eval()
+
+
+class Stripes(DynamicGroupAttention):
+    """Another rule of choice: runs of four tokens, which attend to themselves."""
+
+    def choose(self, query, key):
+        B, H, L, _ = query.shape
+        tokens = torch.arange(L)
+        index = tokens.view(1, 1, -1, 4).expand(B, H, -1, -1)
+        return (tokens // 4).expand(B, H, L), index
+
+
+def test_another_rule_of_choice_is_one_override():
+    layer = Stripes(16, 2)
+    x = torch.randn(2, 12, 16)
+    q, k, v = project(layer, x)
+    group = np.broadcast_to(np.arange(12) // 4, (2, 2, 12))
+    index = np.broadcast_to(np.arange(12).reshape(3, 4), (2, 2, 3, 4))
+    out = loops.attend(q, k, v, group, index, 8**-0.5)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+
+
+def test_what_another_rule_chooses_is_checked():
+    class Wrong(Stripes):
+        def choose(self, query, key):
+            group, index = super().choose(query, key)
+            return group + 1, index
+
+    with pytest.raises(IndexError, match=r'group must lie in \[0, 3\)'):
+        Wrong(16, 2)(torch.randn(2, 12, 16))

@@ -1,22 +1,24 @@
 """The backbone: its parts against loops, its sizes against the paper."""
 
+from functools import partial
+
 import loops
 import numpy as np
 import pytest
 import torch
-from mmengine.analysis import FlopAnalyzer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdgt import DGT, update_centroids
 from mmdgt.models import DynamicGroupAttention, GlobalAttention
-from mmdgt.models.dgt import IRFFN, Block, LayerNorm2d, PatchMerging, Stem
+from mmdgt.models.blocks import Block, DropPath, LayerNorm2d, PatchMerging, Stem
+from mmdgt.models.feed_forward import IRFFN
 
 TINY = dict(
     dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), stem_dims=8
 )
-BN = dict(type='BN')
+BN = nn.BatchNorm2d
 
 
 def small(**kwargs):
@@ -33,7 +35,7 @@ PUBLISHED = {'tiny': (24.09, 4.35), 'small': (51.76, 9.41), 'base': (90.28, 16.4
 
 
 def classifier(arch):
-    backbone = DGT(arch, out_indices=(3,), out_norm=False)
+    backbone = DGT(arch, num_keys=98, out_indices=(3,), out_norm=False)
     dims = backbone.stages[3].blocks[0].norm1.normalized_shape[0]
     head = nn.Sequential(nn.Linear(dims, 1280), nn.GELU(), nn.Linear(1280, 1000))
 
@@ -56,9 +58,6 @@ def test_parameters_and_flops_of_table_1(arch):
     assert round(counted, 2) == params
 
     image = torch.randn(1, 3, 224, 224)
-    analyzer = FlopAnalyzer(model, image)
-    analyzer.unsupported_ops_warnings(False)
-    assert analyzer.total() / 1e9 == pytest.approx(flops, rel=0.015)
     # torch counts two for each multiply-add, and no norms.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
@@ -102,12 +101,12 @@ def irffn(layer, x):
     inner = loops.conv3x3(
         x, to_numpy(layer.depthwise.weight), to_numpy(layer.depthwise.bias), len(x)
     )
-    x = normalise(x + gelu(inner), (1, 2))
+    x = normalise(gelu(x + inner), (1, 2))
     return normalise(pointwise(x, layer.reduce), (1, 2))
 
 
 def test_irffn():
-    layer = IRFFN(4, 3, BN).train()
+    layer = IRFFN(4, 3).train()
     x = torch.randn(1, 4, 5, 6)
     np.testing.assert_allclose(
         to_numpy(layer(x))[0], irffn(layer, to_numpy(x)[0]), atol=2e-5
@@ -123,7 +122,7 @@ class Doubling(nn.Module):
 
 @pytest.mark.parametrize('post_norm', [False, True])
 def test_block_follows_equations_8_to_10(post_norm):
-    block = Block(4, Doubling(), 3, post_norm, 0.0, BN, with_cp=False).train()
+    block = Block(4, Doubling(), 3, post_norm, DropPath(0.0), BN, with_cp=False).train()
     for norm in (block.norm1, block.norm2):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -196,8 +195,10 @@ def test_every_parameter_is_used(out_indices):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_checkpointing_changes_neither_gradients_nor_statistics():
-    plain, saving = small(), small(with_cp=True)
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_checkpointing_changes_neither_gradients_nor_statistics(momentum):
+    norm = partial(nn.BatchNorm2d, momentum=momentum)
+    plain, saving = small(norm_layer=norm), small(norm_layer=norm, with_cp=True)
     saving.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 64, 64)
     for model in (plain, saving):
@@ -208,8 +209,7 @@ def test_checkpointing_changes_neither_gradients_nor_statistics():
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
     buffers = zip(plain.named_buffers(), saving.named_buffers(), strict=True)
     for (name, one), (_, other) in buffers:
-        if 'num_batches_tracked' not in name:
-            torch.testing.assert_close(one, other, msg=name)
+        torch.testing.assert_close(one, other, msg=name)
 
 
 @pytest.mark.parametrize('frozen', [-1, 0, 1, 4])
@@ -241,8 +241,8 @@ def test_norm_eval():
     assert model.stages[0].blocks[0].attention.training
 
 
-def test_norm_cfg():
-    model = small(norm_cfg=dict(type='GN', num_groups=4))
+def test_norm_layer():
+    model = small(norm_layer=partial(nn.GroupNorm, 4))
     kinds = {type(m) for m in model.modules()}
     assert nn.GroupNorm in kinds and nn.BatchNorm2d not in kinds
 
@@ -251,6 +251,35 @@ def test_drop_path_rises_to_its_rate():
     model = small(drop_path_rate=0.4)
     rates = [b.drop_path.drop_prob for s in model.stages for b in s.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    layer, x = DropPath(0.25).train(), torch.randn(4000, 2, 3)
+    out = layer(x)
+    factor = (out / x).flatten(1)
+    assert (factor == factor[:, :1]).all()
+    kept = factor[:, 0] != 0
+    torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 4 / 3))
+    assert abs(kept.double().mean() - 0.75) < 0.03  # more than four deviations
+    assert layer.eval()(x) is x
+
+
+def test_another_number_of_keys():
+    one, other = small(num_keys=10).eval(), DGT(TINY, num_groups=6, num_keys=4).eval()
+    other.load_state_dict(one.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    expected = other(image)
+    one.set_num_keys(4)
+    assert all(map(torch.equal, one(image), expected))
+    with pytest.raises(ValueError, match='num_keys must be at least 1, got 0'):
+        one.set_num_keys(0)
+
+
+def test_linear_layers_start_small():
+    weights = [m.weight for m in DGT('tiny').modules() if isinstance(m, nn.Linear)]
+    for weight in weights:
+        assert weight.std() == pytest.approx(0.02, rel=0.03)
+        assert weight.abs().max() < 2  # truncated there
 
 
 def with_statistics(model):
@@ -283,7 +312,7 @@ def test_switch_to_deploy_ends_training():
 
 
 def test_switch_to_deploy_wants_batch_norms():
-    model = small(norm_cfg=dict(type='GN', num_groups=4))
+    model = small(norm_layer=partial(nn.GroupNorm, 4))
     with pytest.raises(TypeError, match=r'only batch norms .* got GroupNorm'):
         model.switch_to_deploy()
 
@@ -346,11 +375,3 @@ def test_wrong_settings(settings, message):
 def test_wrong_channels():
     with pytest.raises(ValueError, match=r'\(B, 3, H, W\), got \(1, 4, 64, 64\)'):
         small()(torch.randn(1, 4, 64, 64))
-
-
-@pytest.mark.parametrize('framework', ['mmpretrain', 'mmdet', 'mmseg'])
-def test_registered(framework):
-    registry = pytest.importorskip(f'{framework}.registry').MODELS
-    assert registry.module_dict['DGT'] is DGT
-    model = registry.build(dict(type='DGT', arch=TINY, num_groups=3, num_keys=4))
-    assert isinstance(model, DGT)

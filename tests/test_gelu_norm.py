@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mmdgt.models.dgt import DGT
-from mmdgt.models.feed_forward import IRFFN
 from mmdgt.models.gelu_norm import norm_of_gelu
 from mmdgt.ops import use_backend
 from mmdgt.ops.gelu_norm import ops, serves
@@ -177,58 +176,6 @@ def test_wrong_arguments(change, message):
         ops.gelu_norm(*(arguments | change).values())
 
 
-def make_layer(dims=16, **norm):
-    torch.manual_seed(0)
-    layer = IRFFN(dims, 4, dict(type='BN', **norm))
-    for norm in (layer.norm1, layer.norm2, layer.norm3):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -1, 1)
-    return layer
-
-
-def run(layer, x):
-    """Output, gradients and running statistics of a training step, in evaluation mode
-    then the output again."""
-    x = x.detach().clone().requires_grad_()
-    out = layer.train()(x)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    grads = [p.grad for p in layer.parameters()]
-    with torch.no_grad():
-        again = layer.eval()(x)
-    return out.detach(), x.grad, *grads, *layer.buffers(), again
-
-
-@pytest.mark.parametrize('momentum', (0.1, None))
-@pytest.mark.parametrize(
-    'memory_format', (torch.channels_last, torch.contiguous_format)
-)
-@pytest.mark.parametrize('shape', ((2, 16, 5, 7), (1, 16, 12, 11), (3, 16, 1, 1)))
-def test_layer_equals_its_parts(shape, memory_format, momentum):
-    """The plain layers in float64, whose autograd knows nothing of ours."""
-    layer = make_layer(momentum=momentum).double()
-    x = torch.randn(shape, dtype=torch.double).contiguous(memory_format=memory_format)
-    with use_backend('reference'):
-        expected = run(copy.deepcopy(layer), x)
-    for actual, wanted in zip(run(layer, x), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_layer_keeps_one_wide_map():
-    """Of 4 C channels each: what autograd holds between forward and backward."""
-    layer = make_layer().train()
-    x = torch.randn(1, 16, 32, 32).contiguous(memory_format=torch.channels_last)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x.requires_grad_())
-    narrow = x.numel()  # the inputs of expansion and of the last norm
-    assert 4 * narrow <= sum(kept.values()) < (4 + 2.5) * narrow
-
-
 def test_norm_of_gelu_equals_its_parts():
     norm = nn.BatchNorm2d(32).double()
     x = torch.randn(2, 32, 6, 5, dtype=torch.double)
@@ -270,12 +217,6 @@ def test_other_norms_take_the_plain_way(prepare):
         results.append([*outs, *grads, *copied.buffers()])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_one_pixel_has_no_variance():
-    layer = make_layer().train()
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        layer(torch.randn(1, 16, 1, 1))
 
 
 def test_where_the_kernels_serve():

@@ -148,6 +148,25 @@ def test_in_the_backbone(mixer):
         torch.testing.assert_close(out[1:], single, atol=1e-5, rtol=1e-4)
 
 
+def test_settings_of_dg_attention():
+    settings = dict(type='group', num_groups=5)
+    layers = [
+        block.attention
+        for stage in DGT(TINY, num_keys=7, token_mixer=settings).stages[:3]
+        for block in stage.blocks
+    ]
+    assert {(len(layer.centroids[0]), layer.num_keys) for layer in layers} == {(5, 7)}
+
+
+def test_a_class_of_ones_own():
+    class Mine(DynamicGroupAttention):
+        pass
+
+    model = DGT(TINY, num_groups=5, token_mixer=Mine)
+    kinds = [type(stage.blocks[0].attention) for stage in model.stages]
+    assert kinds == 3 * [Mine] + [GlobalAttention]
+
+
 def test_every_second_block_of_a_stage_shifts_its_windows():
     settings = dict(type='shifted_window', window_size=3)
     stages = DGT(TINY, token_mixer=settings).stages[:3]
@@ -185,7 +204,7 @@ def test_multiply_adds_of_dgt_t(mixer, keys):
     ('settings', 'message'),
     [
         ('windows', "'group', 'shifted_window', .* got 'windows'"),
-        (dict(window_size=7), 'a dict with that as its type, got None'),
+        (dict(window_size=7), 'a dict with one of these as its type, got None'),
         (
             dict(type='shifted_window', window_size=0),
             'window_size .* at least 1, got 0',

@@ -1,5 +1,7 @@
 """The operators against loops, on every back end that takes the inputs."""
 
+import threading
+
 import loops
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdgt import ops
+from mmdgt.ops import backend as backend_module
 from mmdgt.ops import reference
 
 BACKENDS = ('auto', 'reference')
@@ -32,6 +35,13 @@ def draw(B, H, L, D, G, dtype=torch.float64):
     return query, key, value, centroids
 
 
+def run(query, key, value, centroids, num_keys):
+    """The three operators one after the other."""
+    group = ops.assign_queries(query, centroids)
+    index = ops.select_keys(key, centroids, num_keys, sorted=False)
+    return ops.group_attention(query, key, value, group, index)
+
+
 def to_numpy(*tensors):
     return [x.detach().double().numpy() for x in tensors]
 
@@ -53,11 +63,10 @@ def test_equations_match_the_loops(backend, B, H, L, D, G, K):
 
 @pytest.mark.parametrize(('B', 'H', 'L', 'D', 'G', 'K'), SIZES)
 def test_sums_match_the_loops(backend, B, H, L, D, G, K):
-    query, key, value, centroids = draw(B, H, L, D, G, dtype=torch.float32)
-    _, sums, counts = ops.dynamic_group_attention(
-        query, key, value, centroids, K, with_sums=True
-    )
+    query, _, _, centroids = draw(B, H, L, D, G, dtype=torch.float32)
+    group, sums, counts = ops.assign_and_sum(query, centroids)
     q, e = to_numpy(query, centroids)
+    np.testing.assert_array_equal(group, loops.assign(q, e))
     means, expected_counts = loops.mean_queries(q, loops.assign(q, e), G)
     np.testing.assert_array_equal(counts, expected_counts)
     np.testing.assert_allclose(
@@ -73,17 +82,6 @@ def test_default_scale_is_that_of_the_head_dim(backend):
         ops.group_attention(query, key, value, group, index),
         ops.group_attention(query, key, value, group, index, scale=0.25),
     )
-
-
-def test_one_call_equals_the_three(backend):
-    query, key, value, centroids = draw(2, 2, 50, 8, 6)
-    group = ops.assign_queries(query, centroids)
-    index = ops.select_keys(key, centroids, 10)
-    out, sums, counts = ops.dynamic_group_attention(query, key, value, centroids, 10)
-    torch.testing.assert_close(
-        out, ops.group_attention(query, key, value, group, index)
-    )
-    assert sums.numel() == counts.numel() == 0
 
 
 def test_ties_go_to_the_lowest_group_and_token(backend):
@@ -141,11 +139,8 @@ def test_everything_in_one_group_is_dense_attention(backend):
 
 def test_no_tokens(backend):
     query, key, value, centroids = draw(2, 1, 0, 8, 3)
-    out, _, counts = ops.dynamic_group_attention(
-        query, key, value, centroids, 4, with_sums=True
-    )
-    assert out.shape == (2, 1, 0, 8)
-    assert counts.sum() == 0
+    assert run(query, key, value, centroids, 4).shape == (2, 1, 0, 8)
+    assert ops.assign_and_sum(query, centroids)[2].sum() == 0
 
 
 def test_strided_views_of_a_projection(backend):
@@ -154,8 +149,8 @@ def test_strided_views_of_a_projection(backend):
     centroids = F.normalize(torch.randn(2, 4, 8), dim=-1)
     dense = [x.contiguous() for x in (query, key, value)]
     torch.testing.assert_close(
-        ops.dynamic_group_attention(query, key, value, centroids, 7)[0],
-        ops.dynamic_group_attention(*dense, centroids, 7)[0],
+        run(query, key, value, centroids, 7),
+        run(*dense, centroids, 7),
     )
 
 
@@ -164,26 +159,26 @@ def test_large_values_in_half_precision_stay_finite(backend):
     query, key = 1e3 * F.normalize(query, dim=-1), 1e3 * F.normalize(key, dim=-1)
     for dtype in (torch.float16, torch.bfloat16):
         inputs = [x.to(dtype) for x in (query, key, value)]
-        out = ops.dynamic_group_attention(*inputs, centroids, 9)[0]
+        out = run(*inputs, centroids, 9)
         assert out.dtype == dtype
         assert out.isfinite().all()
 
 
 def test_nan_stays_in_its_image(backend):
     query, key, value, centroids = draw(2, 1, 50, 8, 4)
-    expected = ops.dynamic_group_attention(query, key, value, centroids, 6)[0]
+    expected = run(query, key, value, centroids, 6)
     query, key = query.clone(), key.clone()
     query[0, 0, 7], key[0, 0, 11] = torch.nan, torch.nan
-    out = ops.dynamic_group_attention(query, key, value, centroids, 6)[0]
+    out = run(query, key, value, centroids, 6)
     assert out[0].isnan().any()
     torch.testing.assert_close(out[1], expected[1])
 
 
 def test_autocast_does_not_reach_inside(backend):
     query, key, value, centroids = draw(1, 2, 60, 8, 4, dtype=torch.float32)
-    expected = ops.dynamic_group_attention(query, key, value, centroids, 9)[0]
+    expected = run(query, key, value, centroids, 9)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        out = ops.dynamic_group_attention(query, key, value, centroids, 9)[0]
+        out = run(query, key, value, centroids, 9)
     assert torch.equal(out, expected)
 
 
@@ -231,7 +226,7 @@ def test_flops_follow_equation_6():
     B, H, L, D, G, K = 2, 3, 100, 8, 5, 7
     query, key, value, centroids = draw(B, H, L, D, G, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:
-        ops.dynamic_group_attention(query, key, value, centroids, K)
+        run(query, key, value, centroids, K)
     C = H * D  # torch counts two for each multiply-add
     assert counter.get_total_flops() == 2 * B * (2 * K * L * C + 2 * L * G * C)
 
@@ -301,3 +296,43 @@ def test_errors_name_what_was_wrong(case):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="got 'gpu'"), ops.use_backend('gpu'):
         pass
+
+
+def test_every_thread_chooses_its_back_end():
+    """Two threads inside with blocks of their own, at the same time."""
+    query = torch.randn(1, 1, 9, 8)
+    both_inside = threading.Barrier(2)
+    seen = {}
+
+    def choose(name):
+        with ops.use_backend(name):
+            both_inside.wait(10)
+            seen[name] = backend_module.function('assign_queries', query, 3)
+            both_inside.wait(10)
+
+    threads = [threading.Thread(target=choose, args=(n,)) for n in BACKENDS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen['reference'] is reference.assign_queries
+    assert seen['auto'] is not reference.assign_queries
+    assert backend_module.function('assign_queries', query, 3) is seen['auto']
+
+
+def test_plain_pytorch_is_told_once(monkeypatch):
+    monkeypatch.setattr(backend_module, '_limits', {})
+    monkeypatch.setattr(
+        backend_module, '_problem', 'the extension mmdgt._ext is not built'
+    )
+    backend_module._warn_once.cache_clear()
+    query, centroids = torch.randn(1, 1, 9, 8), torch.randn(1, 3, 8)
+    with pytest.warns(UserWarning, match='10 to 30 times .*pip install') as told:
+        ops.assign_queries(query, centroids)
+        ops.assign_queries(query, centroids)
+    assert len(told) == 1
+    with (
+        pytest.raises(RuntimeError, match='is not built; build it with'),
+        ops.use_backend('fused'),
+    ):
+        ops.assign_queries(query, centroids)

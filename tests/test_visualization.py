@@ -64,8 +64,8 @@ def test_groups_and_keys_that_are_known(head, cosine):
     groups = find_groups(model, torch.randn(1, 3, H, W), head=head)
     np.testing.assert_array_equal(groups.group, expected[head - 1])
     # Only a cosine prefers the key that points to the centroid to the longer one.
-    order = [0, 20] if cosine else [20, 0]
-    assert groups.keys.tolist() == [[j + token for token in order] for j in range(3)]
+    best = [0, 20] if cosine else [20, 0]
+    assert groups.keys.tolist() == [[j + token for token in best] for j in range(3)]
     assert groups.stride == 4
 
 

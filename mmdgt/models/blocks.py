@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .convolutions import ResidualDepthwiseConv
 from .feed_forward import IRFFN
 from .gelu_norm import norm_of_gelu
 from .layout import feature_map, tokens
@@ -43,17 +44,6 @@ class Stem(nn.Sequential):
         for conv, norm in zip(layers[::3], layers[2::3], strict=True):
             x = norm_of_gelu(norm, conv(x))
         return x
-
-
-class CPE(nn.Conv2d):
-    """Conditional positional encoding: a 3x3 depth-wise convolution, added, eq. 8."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__(dims, dims, 3, padding=1, groups=dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return x + super().forward(x)
 
 
 class PatchMerging(nn.Sequential):
@@ -111,7 +101,7 @@ class Block(nn.Module):
         with_cp: bool,
     ) -> None:
         super().__init__()
-        self.cpe = CPE(dims)
+        self.cpe = ResidualDepthwiseConv(dims)
         self.norm1 = LayerNorm2d(dims)
         self.attention = attention
         self.norm2 = LayerNorm2d(dims)
@@ -132,7 +122,7 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = self.cpe(x)  # eq. 8
+        x = self.cpe(x)  # eq. 8: conditional positional encoding, added
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._attend(x)))
             return x + self.drop_path(self.norm2(self.ffn(x)))

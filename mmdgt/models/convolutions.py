@@ -1,10 +1,9 @@
-"""Convolutions of the feed-forward network, forward and backward."""
+"""Convolutions of the network that are more, or less, than ``nn.Conv2d``."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import feature_map, rows, shaped, tokens
+from .layout import feature_map, tokens
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,33 +34,20 @@ class PointwiseConv(nn.Conv2d):
         return pointwise(x, self.weight, self.bias)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A padded depth-wise 3x3 convolution, (B, C, H, W) -> (B, C, H, W)."""
-    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+class ResidualDepthwiseConv(nn.Conv2d):
+    """``x + conv(x)`` for a depth-wise 3x3 convolution, as one convolution.
 
+    Weights and their names are those of ``conv``; the sum is one more in the centre
+    of every kernel, and no second pass over the maps.
+    """
 
-def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of a 1x1 or a depth-wise 3x3 convolution."""
-    if _is_linear(x, weight):
-        g = rows(grad)
-        grad_x = shaped(g @ weight.flatten(1), x)
-        return grad_x, (g.mT @ rows(x)).view_as(weight), g.sum(0)
-    groups = x.shape[1] // weight.shape[1]
-    padding = [side // 2 for side in weight.shape[2:]]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        bias_sizes=[weight.shape[0]],
-        stride=[1, 1],
-        padding=padding,
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=groups,
-        output_mask=[True, True, True],
-    )
-    grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    return grad_x, grad_weight, grad_bias
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 3, padding=1, groups=dims)
+
+    def kernel(self) -> Tensor:
+        """The weights (C, 1, 3, 3) of the one convolution."""
+        return self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self._conv_forward(x, self.kernel(), self.bias)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from .convolutions import ResidualDepthwiseConv
+
 
 def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """What a batch norm of C channels is in evaluation mode, (C,) each."""
@@ -55,12 +57,11 @@ def fold_norms(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> nn.Conv2
     return folded
 
 
-def fold_sum(conv: nn.Conv2d) -> nn.Conv2d:
-    """A depth-wise 3x3 convolution that equals ``x + conv(x)``."""
+def fold_sum(conv: ResidualDepthwiseConv) -> nn.Conv2d:
+    """A plain depth-wise convolution that equals ``x + conv(x)``."""
     folded = nn.Conv2d(
         conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups
     ).to(conv.weight)
-    folded.load_state_dict(conv.state_dict())
-    with torch.no_grad():
-        folded.weight[:, 0, 1, 1] += 1
+    folded.weight = nn.Parameter(conv.kernel().detach())
+    folded.bias = conv.bias
     return folded

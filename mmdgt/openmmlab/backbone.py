@@ -22,8 +22,8 @@ class DGT(models.DGT, BaseModule):
     Args:
         norm_cfg (dict): Normalisation over feature maps, in stem and IRFFN, in place
             of ``norm_layer``.
-        token_mixer (str | type | dict): As in :class:`mmdgt.DGT`; also the name of a class in
-            the registry ``MODELS``.
+        token_mixer (str | type | dict): As in :class:`mmdgt.DGT`, or by the name of a
+            class in the registry ``MODELS``.
         init_cfg (dict | list[dict], optional): Initialisation, in mmengine's terms.
             ``dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')`` loads the
             backbone of any model, and raises where the weights do not fit; a

@@ -122,7 +122,8 @@ def channels_served(name: str, x: Tensor, channels: int) -> bool:
     that a runtime does not know.
     """
     return (
-        _choice.name != 'reference'
+        bool(_limits)
+        and _choice.name != 'reference'
         and not torch.compiler.is_compiling()
         and not torch.onnx.is_in_onnx_export()
         and torch._C._dispatch_has_kernel_for_dispatch_key(
