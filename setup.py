@@ -74,7 +74,7 @@ def kernels_for_cpu() -> list[str]:
     """The emulation and, as C++ files that include them, the CUDA kernels."""
     folder = Path('build', 'cuda_as_cpp')
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted(glob('csrc/emulation/*.cpp'))
+    sources = sorted(glob('csrc/emulation/*.cpp') + glob('csrc/cuda/*.cpp'))
     for kernel in sorted(glob('csrc/cuda/*.cu')):
         source = folder / f'{Path(kernel).stem}.cpp'
         if not source.is_file():

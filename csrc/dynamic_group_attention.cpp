@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "pytorch_device_registry.hpp"
+
 namespace mmdgt {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_impl(

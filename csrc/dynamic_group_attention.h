@@ -1,15 +1,16 @@
 // The operators of Dynamic Group attention. Each `*_impl` is an entry of mmcv's
-// device registry: a device's kernels register themselves with
+// device registry (pytorch_device_registry.hpp): a device's kernels are registered with
 // REGISTER_DEVICE_IMPL(name_impl, DEVICE, function).
 //
 // Letters: B batch, H heads, L tokens, D head dim, G groups, K keys per group.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
 #include <tuple>
 
 #include "common/limits.h"
-#include "pytorch_cpp_helper.hpp"
-#include "pytorch_device_registry.hpp"
 
 namespace mmdgt {
 

@@ -6,6 +6,7 @@
 
 #include "../dynamic_group_attention.h"
 #include "kernels.h"
+#include "pytorch_device_registry.hpp"
 #include "slices.h"
 
 namespace mmdgt {

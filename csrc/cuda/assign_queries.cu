@@ -1,7 +1,7 @@
 // Assignment of queries to groups.
 #include <ATen/ops/matmul.h>
 
-#include "../dynamic_group_attention.h"
+#include "kernels.h"
 #include "launch.cuh"
 #include "scores.cuh"
 #include "sum_queries.h"
@@ -72,6 +72,8 @@ void assign_by_matmul(const at::Tensor& query, const at::Tensor& centroids,
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
     const at::Tensor& query, const at::Tensor& centroids, bool with_sums) {
   const c10::DeviceGuard guard(query.device());
@@ -96,9 +98,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> assign_queries_cuda(
       with_sums ? sum_queries(rows, group, G) : no_sums(query.options());
   return {group, sums, counts};
 }
-
-}  // namespace
-
-REGISTER_KERNELS(assign_queries_impl, assign_queries_cuda);
 
 }  // namespace mmdgt::cuda

@@ -1,7 +1,7 @@
 // Group attention, forward (eq. 2): softmax attention of every query over the
 // keys of its group.
-#include "../dynamic_group_attention.h"
 #include "attention.cuh"
+#include "kernels.h"
 #include "masked_attention.h"
 #include "sort_queries.h"
 #include "sum_queries.h"
@@ -167,6 +167,8 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& group, const at::Tensor& index, double scale) {
@@ -233,10 +235,5 @@ choose_and_attend_cuda(const at::Tensor& query, const at::Tensor& key,
       with_sums ? sum_queries(q, group, G) : no_sums(query.options());
   return {out, logsumexp, group, masks, sums, counts};
 }
-
-}  // namespace
-
-REGISTER_KERNELS(group_attention_impl, group_attention_cuda);
-REGISTER_KERNELS(choose_and_attend_impl, choose_and_attend_cuda);
 
 }  // namespace mmdgt::cuda

@@ -2,8 +2,8 @@
 // once for dQ, query by query, and once for dK and dV, key by key. A key may serve
 // several groups: each leaves its part of dK and dV in a buffer, and a last kernel
 // sums a key's parts in a fixed order, so no atomics touch the gradients.
-#include "../dynamic_group_attention.h"
 #include "attention.cuh"
+#include "kernels.h"
 #include "masked_attention.h"
 #include "sort_queries.h"
 
@@ -383,6 +383,8 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
@@ -472,10 +474,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward_cuda(
   }
   return {grad_query, grad_key, grad_value};
 }
-
-}  // namespace
-
-REGISTER_KERNELS(group_attention_backward_impl, group_attention_backward_cuda);
-REGISTER_KERNELS(choose_and_attend_backward_impl, choose_and_attend_backward_cuda);
 
 }  // namespace mmdgt::cuda

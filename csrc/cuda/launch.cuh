@@ -17,9 +17,6 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 
-// Registers a function as the GPU's implementation of an operator.
-#define REGISTER_KERNELS(op_impl, function) REGISTER_DEVICE_IMPL(op_impl, CUDA, function)
-
 namespace mmdgt::cuda {
 
 inline int64_t num_multiprocessors() {

@@ -8,7 +8,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/sort.h>
 
-#include "../dynamic_group_attention.h"
+#include "kernels.h"
 #include "launch.cuh"
 #include "scores.cuh"
 #include "threshold.cuh"
@@ -483,6 +483,8 @@ at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
   return index;
 }
 
+}  // namespace
+
 at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
                             int64_t num_keys, bool sorted) {
   const c10::DeviceGuard guard(key.device());
@@ -584,9 +586,5 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
   });
   return index;
 }
-
-}  // namespace
-
-REGISTER_KERNELS(select_keys_impl, select_keys_cuda);
 
 }  // namespace mmdgt::cuda

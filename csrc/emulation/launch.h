@@ -1,11 +1,9 @@
-// What csrc/cuda/launch.cuh asks of a GPU, on a CPU. The kernels serve CPU tensors.
+// What csrc/cuda/launch.cuh asks of a GPU, on a CPU.
 #pragma once
 
 #include <utility>
 
 #include "block.h"
-
-#define REGISTER_KERNELS(op_impl, function) REGISTER_DEVICE_IMPL(op_impl, CPU, function)
 
 namespace mmdgt {
 
