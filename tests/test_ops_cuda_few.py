@@ -125,7 +125,7 @@ def test_choices_among_awkward_scores(kind):
     elif kind == 'nan':
         key[0, 0, [5, 100], 7] = torch.nan
     else:
-        key[0, 0, [5, 100], 0] = torch.tensor([1, -1], device=DEVICE) * torch.inf
+        key[0, 0, [5, 100], 0] = key.new_tensor([torch.inf, -torch.inf])
     key = key.contiguous()
     masks = ops.choose_and_attend(key, key, key, centroids, K, 0.2, False)[3]
     index = ops.select_keys(key, centroids, K, False)

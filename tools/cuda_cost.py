@@ -497,7 +497,7 @@ def main() -> None:
     parser.add_argument('--sources', default='*.cu', help='which files of csrc/cuda')
     parser.add_argument(
         '--table',
-        default=r'^[a-z_]+$|bfloat16(, 32\b.*)?>',
+        default=r'^[a-z_]+$|bfloat16(, (32\b.*|[78]))?>',
         help='a pattern of the kernels in the table; the JSON has all',
     )
     parser.add_argument('--out', type=Path, default=REPOSITORY / 'docs/cuda/cost')

@@ -2,6 +2,8 @@
 // once for dQ, query by query, and once for dK and dV, key by key. A key may serve
 // several groups: each leaves its part of dK and dV in a buffer, and a last kernel
 // sums a key's parts in a fixed order, so no atomics touch the gradients.
+#include <ATen/ops/empty_like.h>
+
 #include "attention.cuh"
 #include "kernels.h"
 #include "masked_attention.h"

@@ -17,7 +17,8 @@ namespace {
 constexpr int kDim = kMaxFewHeadDim;
 constexpr int kMaxTokens = kMaxFewTokens;
 constexpr int kMaxWarps = kMaxTokens / 32;
-constexpr int kBlocks = 3;  // of a multiprocessor
+// Warps of the multiprocessor: three blocks at the 196 tokens of ImageNet.
+constexpr int kResidentWarps = 21;
 
 template <typename T>
 using Shared = SharedRows<T, kDim>;
@@ -202,7 +203,10 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
     }
   }
 
-  float o[kDim / 8][4] = {}, sum[2] = {0.f, 0.f};
+  // The output is divided by the sum of the probabilities as they were rounded, so that
+  // a key that stands alone comes out as it is. The logsumexp has them before that.
+  const FragmentB<T> ones{{pack<T>(1.f, 1.f), pack<T>(1.f, 1.f)}};
+  float o[kDim / 8][4] = {}, rounded[4] = {}, sum[2] = {0.f, 0.f};
   for (int from = 0; from < padded; from += 32) {
     const Bias bias[2] = {Bias(seen[0][from / 32]), Bias(seen[1][from / 32])};
     float p[4][4];
@@ -216,6 +220,7 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
       }
       if constexpr (kTile % 2 == 1) {
         const FragmentA<T> a = as_operand<T>(p[kTile - 1], p[kTile]);
+        mma(rounded, a, ones);
 #pragma unroll
         for (int pair = 0; pair < kDim / 16; ++pair) {
           FragmentB<T> v[2];
@@ -248,7 +253,7 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
     const bool good = sum[half] >= 0x1p-80f && size <= 3e38f;
     again[half] = __ballot_sync(~0u, exists && !good);
     const bool write = exists && (again[half] >> (lane & 28) & 15) == 0;
-    store_row<T, kDim>(o, half, __frcp_rn(sum[half]),
+    store_row<T, kDim>(o, half, __frcp_rn(rounded[2 * half]),
                        write ? to.out.row(to.out.head(), token) : nullptr, to.sizes.dim);
     if (write && lane % 4 == 0) {
       to.logsumexp[own_head() * to.sizes.num_tokens + token] =
@@ -278,8 +283,9 @@ MMDGT_HOST_DEVICE int padded_rows(int num_tokens) { return (num_tokens + 15) / 1
 
 // Attention to the keys of index (B,H,G,K) for queries of group (B,H,L). A warp serves
 // 32 queries. Shared memory: keys, values, masks.
-template <typename T>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks) masked_kernel(Forward<T> to) {
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
+    masked_kernel(Forward<T> to) {
   __shared__ float scratch[kMaxWarps];
   char* shared = dynamic_shared();
   const Sizes& sizes = to.sizes;
@@ -349,8 +355,8 @@ struct Choice {
 };
 
 // Assigns, selects and attends in one go. A warp serves 32 keys and 32 queries.
-template <typename T>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
     choose_and_attend_kernel(Forward<T> to, Choice choice) {
   __shared__ float norm_scratch[kMaxWarps];
   __shared__ int nan_group;
@@ -371,12 +377,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
 
   copy_head(keys, to.key, sizes, padded);
   ptx::commit_copies();
-  Row<T> q[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int token = min(first + 8 * i + lane / 4, sizes.num_tokens - 1);
-    q[i].load(to.query.row(to.query.head(), token), sizes.dim);
-  }
+  // Loaded twice: registers are scarce between.
+  const auto load_queries = [&](Row<T>(&q)[N]) {
+    load_tokens(q, to.query.head(), to.query.token_stride, sizes.dim,
+                [&](int i) { return min(first + i, sizes.num_tokens - 1); });
+  };
   if (threadIdx.x == 0) nan_group = sizes.num_groups;
   ptx::wait_for_copies<0>();
   __syncthreads();
@@ -392,7 +397,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
     operands.fill(centroids, from, (groups + 15) / 16, sizes.num_groups, sizes.dim,
                   &nan_group);
     __syncthreads();
-    Row<T> k[N];
+    Row<T> q[N], k[N];
+    load_queries(q);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       k[i].clear();
@@ -437,6 +443,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
   }
   copy_head(values, to.value, sizes, padded);
   ptx::commit_copies();
+  Row<T> q[N];
+  load_queries(q);
   nearest.reduce();
   const int group = nan_group < sizes.num_groups ? nan_group : nearest.group[0];
   const int own = first + nearest.own_token(0);
@@ -517,8 +525,8 @@ __device__ __forceinline__ bool row_is_finite(const float (&c)[kDim / 8][4], int
 
 // First dQ, query by query, then dK and dV, key by key. Masks (B,H,G,kMaskWords)
 // are made from the index where there are none.
-template <typename T>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
     masked_backward_kernel(Backward<T> to, const uint32_t* __restrict__ masks) {
   __shared__ float2 statistic[kMaxTokens];  // logsumexp * log2(e), delta
   char* shared = dynamic_shared();
@@ -699,7 +707,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
     for (int half = 0; half < 2; ++half) {
       const int token = first + 8 * half + lane / 4;
       const bool exists = token < sizes.num_tokens;
-      const bool good = row_is_finite(d_key, half) && row_is_finite(d_value, half);
+      const bool good_key = row_is_finite(d_key, half);  // by the whole warp, both
+      const bool good = row_is_finite(d_value, half) && good_key;
       again[half] = __ballot_sync(~0u, exists && !good);
       const bool write = exists && good;
       store_row<T, kDim>(d_key, half, to.scale,
@@ -716,10 +725,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks)
   }
 }
 
+// Calls run(Type<T>, integral_constant<int, kWarps>): of at most so many warps.
 template <typename Run>
-void dispatch_half(const at::Tensor& tokens, Run&& run) {
-  if (tokens.scalar_type() == at::kHalf) return run(Type<__half>());
-  run(Type<bfloat16>());
+void dispatch_few(const at::Tensor& tokens, int warps, Run&& run) {
+  const auto with_warps = [&](auto type) {
+    if (warps < kMaxWarps) return run(type, std::integral_constant<int, kMaxWarps - 1>());
+    run(type, std::integral_constant<int, kMaxWarps>());
+  };
+  if (tokens.scalar_type() == at::kHalf) return with_warps(Type<__half>());
+  with_warps(Type<bfloat16>());
 }
 
 // Warps of a block, of 32 tokens each.
@@ -762,10 +776,10 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& index, double scale, at::Tensor& out,
                       at::Tensor& logsumexp) {
   const Sizes sizes(query, index.size(2), index.size(3));
-  dispatch_half(query, [&](auto type) {
+  dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
-    launch(masked_kernel<T>, grid_of_heads(1, query), 32 * warps_for(sizes),
-           masked_bytes(sizes, 2, 0),
+    launch(masked_kernel<T, decltype(warps)::value>, grid_of_heads(1, query),
+           32 * warps_for(sizes), masked_bytes(sizes, 2, 0),
            forward_of<T>(query, key, value, group.const_data_ptr<int>(),
                          index.const_data_ptr<int>(), sizes, scale, out, logsumexp));
   });
@@ -776,11 +790,11 @@ void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
                        int64_t num_keys, double scale, at::Tensor& out,
                        at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks) {
   const Sizes sizes(query, centroids.size(1), num_keys);
-  dispatch_half(query, [&](auto type) {
+  dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
     launch(
-        choose_and_attend_kernel<T>, grid_of_heads(1, query), 32 * warps_for(sizes),
-        ChoiceMemory<T>(sizes, warps_for(sizes)).end,
+        choose_and_attend_kernel<T, decltype(warps)::value>, grid_of_heads(1, query),
+        32 * warps_for(sizes), ChoiceMemory<T>(sizes, warps_for(sizes)).end,
         forward_of<T>(query, key, value, nullptr, nullptr, sizes, scale, out, logsumexp),
         Choice{centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(),
                reinterpret_cast<uint32_t*>(masks.mutable_data_ptr<int>())});
@@ -795,7 +809,7 @@ void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& que
                                at::Tensor& grad_key, at::Tensor& grad_value) {
   const Sizes sizes(query, choice.size(2), choice.size(3));
   const int* chosen = choice.const_data_ptr<int>();
-  dispatch_half(query, [&](auto type) {
+  dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
     const Backward<T> to{Rows<const T>(grad_out),     Rows<const T>(query),
                          Rows<const T>(key),          Rows<const T>(value),
@@ -804,9 +818,9 @@ void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& que
                          Rows<T>(grad_query),         Rows<T>(grad_key),
                          Rows<T>(grad_value),         sizes,
                          static_cast<float>(scale)};
-    launch(masked_backward_kernel<T>, grid_of_heads(1, query), 32 * warps_for(sizes),
-           masked_bytes(sizes, 4, padded_rows(sizes.num_tokens)), to,
-           from_masks ? reinterpret_cast<const uint32_t*>(chosen) : nullptr);
+    launch(masked_backward_kernel<T, decltype(warps)::value>, grid_of_heads(1, query),
+           32 * warps_for(sizes), masked_bytes(sizes, 4, padded_rows(sizes.num_tokens)),
+           to, from_masks ? reinterpret_cast<const uint32_t*>(chosen) : nullptr);
   });
 }
 

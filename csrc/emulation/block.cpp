@@ -223,11 +223,18 @@ void sync_warp(unsigned lanes) {
 Meeting* meet(unsigned lanes, void* own, const std::type_info& instruction) {
   const int lane = running->lane;
   if (!(lanes >> lane & 1)) fail("a lane names others but not itself");
-  Meeting& meeting = meetings[32 * running->warp + __builtin_ctz(lanes)];
+  // Parts of a warp may be in meetings of their own while others wait for all lanes.
+  Meeting* own_warp = &meetings[32 * running->warp];
+  Meeting* found = nullptr;
+  for (Meeting* any = own_warp + 31; any >= own_warp; --any) {
+    if (any->arrived == 0 && (found == nullptr || found->arrived == 0)) found = any;
+    if (any->arrived != 0 && any->lanes == lanes) found = any;
+  }
+  Meeting& meeting = *found;
   if (meeting.arrived == 0) {
     meeting.instruction = &instruction;
     meeting.lanes = lanes;
-  } else if (*meeting.instruction != instruction || meeting.lanes != lanes) {
+  } else if (*meeting.instruction != instruction) {
     fail("lanes of a warp meet in different instructions");
   }
   meeting.values[lane] = own;
