@@ -35,6 +35,7 @@ def _warn(what: str, error: Exception) -> None:
     )
 
 
+_problem: Exception | None = None
 try:
     from .models import DGT, DynamicGroupAttention, update_centroids
 except Exception as error:  # the doctor has to run where torch does not
@@ -42,6 +43,7 @@ except Exception as error:  # the doctor has to run where torch does not
     _warn('mmdgt is not usable here', error)
 else:
     _register_with('openmmlab', 'mmengine', 'mmcv')
+    _register_with('timm', 'timm')
 
 
 def __getattr__(name: str) -> NoReturn:

@@ -14,6 +14,31 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+# What OpenMMLab is needed for. The others run with torch, numpy and pytest alone.
+NEED_OPENMMLAB = [
+    f'test_{room}.py'
+    for room in (
+        'ablate',
+        'compare_backbones',
+        'configs',
+        'custom_data',
+        'demo_data',
+        'demo_page',
+        'detection',
+        'distributed',
+        'doctor',
+        'export',
+        'group_pictures',
+        'hooks',
+        'inference',
+        'notebook',
+        'openmmlab',
+        'precision',
+        'pretrained',
+        'tools',
+    )
+]
+collect_ignore = [] if importlib.util.find_spec('mmengine') else NEED_OPENMMLAB
 
 if emulated := os.environ.get('MMDGT_EMULATED'):
     # The CUDA kernels as `make emulate` compiles them serve CPU tensors in place of
@@ -21,6 +46,7 @@ if emulated := os.environ.get('MMDGT_EMULATED'):
     (library,) = Path(emulated).glob('mmdgt/_ext*.so')
     spec = importlib.util.spec_from_file_location('mmdgt._ext', library)
     sys.modules['mmdgt._ext'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules['mmdgt._ext'])
 
 
 @pytest.fixture(autouse=True)

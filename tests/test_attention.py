@@ -1,9 +1,12 @@
 """The attention layers, and how their centroids move."""
 
+import re
+
 import loops
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import nn
 
 from mmdgt.models import (
@@ -12,6 +15,8 @@ from mmdgt.models import (
     attention,
     update_centroids,
 )
+
+ARCH = dict(dims=(16,) * 4, depths=(1,) * 4, num_heads=(2,) * 4, stem_dims=8)
 
 
 def to_numpy(x):
@@ -179,31 +184,55 @@ def test_a_compiled_loop_is_told_before_its_evaluation(untold):
         layer.eval()
 
 
-class Stripes(DynamicGroupAttention):
-    """Another rule of choice: runs of four tokens, which attend to themselves."""
+@pytest.fixture(scope='module')
+def documented():
+    """What the code of docs/attention.md defines."""
+    text = (REPOSITORY / 'docs/attention.md').read_text()
+    names = {'ARCH': ARCH}
+    for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL):
+        if 'class' in block:
+            exec(block.replace("DGT('tiny'", 'DGT(ARCH'), names)
+    return names
 
-    def choose(self, query, key):
-        B, H, L, _ = query.shape
-        tokens = torch.arange(L)
-        index = tokens.view(1, 1, -1, 4).expand(B, H, -1, -1)
-        return (tokens // 4).expand(B, H, L), index
 
-
-def test_another_rule_of_choice_is_one_override():
-    layer = Stripes(16, 2)
-    x = torch.randn(2, 12, 16)
+def test_another_rule_of_choice_is_one_override(documented):
+    layer = documented['Stripes'](16, 2)
+    x = torch.randn(2, 100, 16)
     q, k, v = project(layer, x)
-    group = np.broadcast_to(np.arange(12) // 4, (2, 2, 12))
-    index = np.broadcast_to(np.arange(12).reshape(3, 4), (2, 2, 3, 4))
+    group = np.broadcast_to(np.arange(100) // 64, (2, 2, 100))
+    stripes = np.stack([np.arange(64), np.arange(36, 100)])
+    index = np.broadcast_to(stripes, (2, 2, 2, 64))
     out = loops.attend(q, k, v, group, index, 8**-0.5)
     np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+    mixers = [stage.blocks[0].attention for stage in documented['backbone'].stages]
+    assert [type(m) for m in mixers] == 3 * [documented['Stripes']] + [GlobalAttention]
+
+
+def test_centroids_that_are_trained(documented):
+    layer = documented['TrainedCentroids'](16, 2, num_groups=4, num_keys=5)
+    x = torch.randn(2, 20, 16)
+    q, k, v = project(layer, x)
+    e = to_numpy(layer.centroids)
+    group, index = loops.assign(q, e), loops.select(k, e, 5)
+    out = loops.attend(q, k, v, group, index, 8**-0.5)
+    np.testing.assert_allclose(to_numpy(layer(x)), join(layer, out), atol=2e-5)
+    unit = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    apart = [
+        unit[b, h, i] - e[h, group[b, h, i]] for b, h, i in np.ndindex(group.shape)
+    ]
+    assert layer.distortion.item() == pytest.approx(np.square(apart).mean(), rel=1e-4)
+    optimizer = torch.optim.SGD([layer.centroids], lr=1.0)
+    layer.distortion.backward()
+    optimizer.step()
+    before, _ = layer.distortion.item(), layer(x)
+    assert layer.distortion.item() < before
 
 
 def test_what_another_rule_chooses_is_checked():
-    class Wrong(Stripes):
+    class Wrong(DynamicGroupAttention):
         def choose(self, query, key):
             group, index = super().choose(query, key)
-            return group + 1, index
+            return group + 3, index
 
     with pytest.raises(IndexError, match=r'group must lie in \[0, 3\)'):
-        Wrong(16, 2)(torch.randn(2, 12, 16))
+        Wrong(16, 2, num_groups=3)(torch.randn(2, 12, 16))

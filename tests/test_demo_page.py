@@ -52,7 +52,7 @@ def test_a_click_shows_the_group_of_the_pixel(page, demo_page, scene, monkeypatc
     prepare = page.predictor.prepare
     page.predictor.prepare = lambda image: prepare(image[::2, ::2].copy())
     picked = []
-    monkeypatch.setattr(demo_page, 'figure', lambda *args: picked.append(args))
+    monkeypatch.setattr(demo_page, 'group_panels', lambda *args: picked.append(args))
     page.show(scene, 2, 1, 2, 69, 3)
     ((view, groups, pixels, others),) = picked
     assert view.shape == (25, 35, 3)

@@ -94,6 +94,18 @@ def test_checkpointed(backend):
         assert_all_close(train(layer, forward, x), expected)
 
 
+def test_one_wide_map_is_kept():
+    """Of 4 C channels, between forward and backward pass."""
+    pytest.importorskip('mmdgt._ext', reason='the extension is not built')
+    layer = make_layer().float().train()
+    x = torch.randn(1, 16, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        out = layer(x)
+    allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    # Beside it the input of the last norm and the output.
+    assert out.requires_grad and 6 * x.nbytes <= allocated < 7 * x.nbytes
+
+
 def test_one_pixel_has_no_variance():
     layer = make_layer().train()
     with pytest.raises(ValueError, match='more than 1 value per channel'):

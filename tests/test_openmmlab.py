@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from test_dgt import PUBLISHED, TINY, classifier
 from torch import nn
 
@@ -16,7 +16,8 @@ from mmdgt.openmmlab import DGT
 def test_registered(framework):
     registry = pytest.importorskip(f'{framework}.registry').MODELS
     assert registry.module_dict['DGT'] is DGT
-    model = registry.build(dict(type='DGT', arch=TINY, num_groups=3, num_keys=4))
+    with DefaultScope.overwrite_default_scope(framework):
+        model = registry.build(dict(type='DGT', arch=TINY, num_groups=3, num_keys=4))
     assert isinstance(model, DGT)
 
 

@@ -33,6 +33,11 @@ SIZES = (
     (1, 2, 85, 24, 7, 33),
     (1, 2, 101, 64, 48, 16),
     (1, 1, 53, 128, 11, 15),
+    # Attended under masks.
+    (2, 2, 196, 32, 48, 98),
+    (1, 2, 85, 24, 7, 60),
+    (1, 1, 101, 64, 48, 40),
+    (1, 1, 50, 128, 11, 50),
 )
 LAYOUTS = ('contiguous', 'projection')
 
@@ -303,14 +308,20 @@ def test_everything_in_one_group(dtype, scale):
         assert (mine.double() - right).abs().max() <= error_bound(theirs, right, dtype)
 
 
-def test_a_repeated_key_counts_as_often():
-    size = (1, 1, 40, 32, 3, 6)
+@pytest.mark.parametrize('size', ((1, 1, 40, 32, 3, 6), (1, 2, 50, 32, 48, 20)))
+def test_a_repeated_key_counts_as_often(size):
     tokens = make_tokens(size, torch.float32, 'contiguous')
     group, index = make_choice(size)
-    index[..., 1] = index[..., 0]
-    out = ops.group_attention(*tokens, group, index, 0.3)[0]
+    index[0, 0, 0, 1] = index[0, 0, 0, 0]  # of one slice alone
+    out, logsumexp = ops.group_attention(*tokens, group, index, 0.3)
     truth = attend_in_loops(*tokens.double(), group, index, 0.3)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    grads = ops.group_attention_backward(
+        tokens[0], *tokens, group, index, out, logsumexp, 0.3
+    )
+    truth = gradients_in_loops(tokens[0].double(), *tokens.double(), group, index, 0.3)
+    for mine, right in zip(grads, truth, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -367,6 +378,55 @@ def test_nan_stays_in_its_slice(dtype, bad):
                 assert results[2][1, 0].isnan().all()
             if math.isnan(bad) and which == 0:
                 assert results[2][1, 0, 17].isnan().all()
+
+
+# Sizes of which the first is attended under masks, the second group by group.
+BOTH_WAYS = ((1, 2, 60, 32, 48, 25), (1, 2, 150, 32, 4, 9))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('size', BOTH_WAYS)
+def test_a_key_that_no_group_selected_is_not_seen(dtype, size):
+    """Not even where it is infinite, NaN, or scores far above all others."""
+    tokens = make_tokens(size, dtype, 'projection')
+    grad_out = make_tokens(size, dtype, 'contiguous', seed=1)[0]
+    group, index = make_choice((1, 2, size[2] - 1, *size[3:]))
+    group = torch.nn.functional.pad(group, (0, 1))
+    index += (index >= 7).int()
+
+    def run(tokens):
+        out, logsumexp = ops.group_attention(*tokens, group, index, 0.2)
+        return out, *ops.group_attention_backward(
+            grad_out, *tokens, group, index, out, logsumexp, 0.2
+        )
+
+    expected = run(tokens)
+    assert all(x[:, :, 7].eq(0).all() for x in expected[2:])
+    for which, value in ((1, 3e4), (1, math.inf), (1, math.nan), (2, math.inf)):
+        spoilt = tokens.clone()
+        spoilt[which, :, :, 7] = value
+        eps = torch.finfo(dtype).eps
+        for before, after in zip(expected, run(spoilt), strict=True):
+            torch.testing.assert_close(after, before, rtol=40 * eps, atol=40 * eps)
+
+
+@pytest.mark.parametrize('size', BOTH_WAYS)
+@pytest.mark.parametrize('which', range(4))
+def test_infinities_spoil_only_what_they_reach(which, size):
+    tokens = make_tokens(size, torch.float32, 'contiguous')
+    rows = [*tokens.clone(), make_tokens(size, torch.float32, 'contiguous', 1)[0]]
+    rows[which][0, 0, 11, 3] = math.inf
+    *tokens, grad_out = rows
+    choice = make_choice(size)
+    out, logsumexp = ops.group_attention(*tokens, *choice, 0.2)
+    ours = ops.group_attention_backward(grad_out, *tokens, *choice, out, logsumexp, 0.2)
+    wide = [x.double() for x in tokens]
+    truth = gradients_in_loops(grad_out.double(), *wide, *choice, 0.2)
+    assert torch.equal(
+        out.isfinite().all(-1), attend_in_loops(*wide, *choice, 0.2).isfinite().all(-1)
+    )
+    for mine, right in zip(ours, truth, strict=True):
+        assert torch.equal(mine.isfinite().all(-1), right.isfinite().all(-1))
 
 
 def test_nan_scores_come_first():
@@ -537,7 +597,7 @@ def test_every_instruction_set(isa):
     if best not in order or order.index(isa) >= order.index(best):
         pytest.skip(f'{isa} kernels are tested directly or not at all on {best}')
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': isa, 'MMDGT_TEST_ISA': isa}
-    files = __file__, str(Path(__file__).with_name('test_gelu_norm.py'))
+    files = __file__, str(Path(__file__).with_name('test_gelu_batch_norm.py'))
     command = [sys.executable, '-m', 'pytest', '-q', '-x', *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

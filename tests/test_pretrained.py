@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-from mmdgt import DGT
+from mmdgt.openmmlab import DGT
 
 CONFIGS = REPOSITORY / 'configs'
 DIMS = (8, 16, 16, 32)

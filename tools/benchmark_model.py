@@ -78,10 +78,18 @@ class ChannelsFirst(nn.Module):
         return tuple(out.permute(0, 3, 1, 2) for out in self.model(x))
 
 
-def dgt(arch: str, size: tuple[int, int]) -> nn.Module:
+class PlainBatchNorm(nn.BatchNorm2d):
+    """Is not torch's own, so a GELU before it and the norm run layer by layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return super().forward(x)
+
+
+def dgt(arch: str, size: tuple[int, int], **settings) -> nn.Module:
     """This package's."""
     num_keys = 98 if size[0] * size[1] <= 224 * 224 else 392
-    return DGT(arch, num_keys=num_keys, drop_path_rate=DROP_PATH)
+    return DGT(arch, **dict(num_keys=num_keys, drop_path_rate=DROP_PATH) | settings)
 
 
 def mmpretrain(kind: str, size: tuple[int, int], **settings) -> nn.Module:
@@ -114,6 +122,12 @@ def timm_swin(name: str, size: tuple[int, int]) -> nn.Module:
 # Name: how to build the backbone, and its channels in the first stage.
 BACKBONES = {
     'dgt_t': (functools.partial(dgt, 'tiny'), 64),
+    'dgt_t_k392': (functools.partial(dgt, 'tiny', num_keys=392), 64),
+    'dgt_t_plain': (functools.partial(dgt, 'tiny', norm_layer=PlainBatchNorm), 64),
+    'dgt_t_plain_cp': (
+        functools.partial(dgt, 'tiny', norm_layer=PlainBatchNorm, with_cp=True),
+        64,
+    ),
     'dgt_s': (functools.partial(dgt, 'small'), 96),
     'dgt_b': (functools.partial(dgt, 'base'), 128),
     'convnext_t': (

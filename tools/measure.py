@@ -24,7 +24,15 @@ from torch import nn
 TURN = 0.02  # seconds, about the least that a turn lasts
 PACKAGES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'timm')
 # Variables of the environment that change times.
-SETTINGS = ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE')
+SETTINGS = (
+    'OMP_NUM_THREADS',
+    'GOMP_SPINCOUNT',
+    'THP_MEM_ALLOC_ENABLE',
+    # Limits of the instruction sets, as of another machine.
+    'ATEN_CPU_CAPABILITY',
+    'ONEDNN_MAX_CPU_ISA',
+    'MKL_ENABLE_INSTRUCTIONS',
+)
 
 
 def add_words(

@@ -5,7 +5,7 @@
 // scores of a block become probabilities in registers and meet V_g while in cache.
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 constexpr int64_t kQueryBlock = 24;
 
@@ -75,21 +75,72 @@ void pack_transposed(Rows<const T> from, const int32_t* index, int64_t count,
   }
 }
 
-// Row maxima of factor * score, lane by lane.
+// Which keys the queries of a block see: all, but not the columns past the last.
 template <class V>
+struct AllKeys {
+  using Reg = typename V::Reg;
+  int64_t num_keys;
+
+  template <class T>
+  AllKeys(const AttentionTask<T>& task, const int32_t*, int64_t, int64_t)
+      : num_keys(task.num_keys) {}
+
+  // Zeros for keys not seen. `vector` is a row's v-th; is it the last of a tile?
+  MMDGT_INLINE Reg keep(int64_t, int64_t vector, bool last, Reg reg) const {
+    const int64_t left = num_keys - vector * V::kWidth;
+    return last && left < V::kWidth ? V::keep(reg, (1u << left) - 1) : reg;
+  }
+  // The same for maxima, which the columns past the last leave as they are.
+  MMDGT_INLINE Reg lower(int64_t, int64_t, Reg reg) const { return reg; }
+};
+
+// Those that the query's group selected.
+template <class V>
+struct MaskedKeys {
+  using Reg = typename V::Reg;
+  const uint8_t* masks[kQueryBlock];
+
+  template <class T>
+  MaskedKeys(const AttentionTask<T>& task, const int32_t* tokens, int64_t count,
+             int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      masks[i] = task.masks[tokens[std::min(i, count - 1)]];
+    }
+  }
+
+  MMDGT_INLINE uint32_t bits(int64_t row, int64_t vector) const {
+    uint32_t next;
+    std::memcpy(&next, masks[row] + vector * V::kWidth / 8, sizeof(next));
+    if constexpr (V::kWidth % 8) next >>= vector * V::kWidth % 8;
+    return next;
+  }
+  MMDGT_INLINE Reg keep(int64_t row, int64_t vector, bool, Reg reg) const {
+    return V::keep(reg, bits(row, vector));
+  }
+  MMDGT_INLINE Reg lower(int64_t row, int64_t vector, Reg reg) const {
+    const auto lowest =
+        V::broadcast(-std::numeric_limits<typename V::Scalar>::infinity());
+    const uint32_t seen = bits(row, vector);
+    return V::keep(reg, seen) + V::keep(lowest, ~seen);
+  }
+};
+
+// Row maxima of factor * score, lane by lane.
+template <class V, class Seen>
 struct RowMaxima {
+  const Seen& seen;
   typename V::Scalar* lanes;  // (rows, width)
   typename V::Scalar factor;
 
   template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t, const Tile& tile) const {
+  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
     const auto scale = V::broadcast(factor);
 #pragma GCC unroll 8
     for (int r = 0; r < V::kTileRows; ++r) {
       auto best = V::load(lanes + (row + r) * V::kWidth);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        best = V::max(best, tile[r][v] * scale);
+        best = V::max(best, seen.lower(row + r, first + v, tile[r][v] * scale));
       }
       V::store(lanes + (row + r) * V::kWidth, best);
     }
@@ -97,20 +148,19 @@ struct RowMaxima {
 };
 
 // Turns scores into 2^(factor * score - shift), stores them and sums them by row.
-template <class V, class Probability>
+template <class V, class Seen, class Probability>
 struct Exponentials {
   using Scalar = typename V::Scalar;
+  const Seen& seen;
   Probability* to;  // (rows, step)
   int64_t step;
   Scalar factor;
   const Scalar* shifts;  // (rows)
   Scalar* sums;          // (rows, width)
-  int64_t num_keys;
 
   template <int kVectors, class Tile>
   MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
     const auto scale = V::broadcast(factor);
-    const int64_t left = num_keys - first * V::kWidth;
 #pragma GCC unroll 8
     for (int r = 0; r < V::kTileRows; ++r) {
       const auto shift = V::broadcast(-shifts[row + r]);
@@ -120,9 +170,7 @@ struct Exponentials {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         auto power = V::exp2(V::fmadd(tile[r][v], scale, shift));
-        if (v == kVectors - 1 && left < kVectors * V::kWidth) {
-          power = V::keep_first(power, static_cast<int>(left - v * V::kWidth));
-        }
+        power = seen.keep(row + r, first + v, v == kVectors - 1, power);
         sum = sum + power;
         V::store(line + v * V::kWidth, power);
       }
@@ -131,8 +179,8 @@ struct Exponentials {
   }
 };
 
-template <class V, class Layout, class T>
-void attend(const ForwardTask<T>& task, Scratch& scratch) {
+template <class V, class Seen, class Layout, class T>
+void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   using Multiply = typename Layout::Multiply;
   using Probability = typename Layout::Probability;
@@ -193,6 +241,7 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
       bounded = bounded && V::sum(squares) <= limit;
     }
 
+    const Seen seen(task, tokens, count, rows);
     const Left<Scalar> queries{query, depth, 1};
     const Right<Scalar> keys_t{key, keys};
     const int64_t vectors = keys / V::kWidth;
@@ -202,16 +251,16 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
                 -std::numeric_limits<Scalar>::infinity());
       // The scores are cheaper to compute twice than to keep.
       product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
-                           RowMaxima<V>{maxima, factor});
+                           RowMaxima<V, Seen>{seen, maxima, factor});
       for (int64_t i = 0; i < rows; ++i) {
         shifts[i] = V::largest(V::load(maxima + i * V::kWidth));
       }
     }
     std::fill(sums, sums + rows * V::kWidth, Scalar(0));
-    product<V, Multiply>(
-        queries, keys_t, rows, head_dim / kNumbers, vectors,
-        Exponentials<V, Probability>{reinterpret_cast<Probability*>(probability), keys,
-                                     factor, shifts, sums, num_keys});
+    product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
+                         Exponentials<V, Seen, Probability>{
+                             seen, reinterpret_cast<Probability*>(probability), keys,
+                             factor, shifts, sums});
     product<V, Multiply>(Left<Scalar>{probability, keys / kNumbers, 1},
                          Right<Scalar>{value, columns}, rows, key_depth,
                          columns / V::kWidth, StoreTile<V>{out, columns});
@@ -222,6 +271,15 @@ void attend(const ForwardTask<T>& task, Scratch& scratch) {
       task.logsumexp[tokens[i]] =
           static_cast<Scalar>(kLn2) * (shifts[i] + std::log2(sum));
     }
+  }
+}
+
+template <class V, class Layout, class T>
+void attend(const ForwardTask<T>& task, Scratch& scratch) {
+  if (task.masks) {
+    attend_seen<V, MaskedKeys<V>, Layout>(task, scratch);
+  } else {
+    attend_seen<V, AllKeys<V>, Layout>(task, scratch);
   }
 }
 
@@ -273,8 +331,8 @@ struct AddTile {
   }
 };
 
-template <class V, class T>
-void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
+template <class V, class Seen, class T>
+void attend_seen_backward(const BackwardTask<T>& task, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   using Multiply = Singles<V>;
   using Layout = SinglesLayout<V, T>;
@@ -330,10 +388,11 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
       shifts[i] = task.logsumexp[token] * static_cast<Scalar>(kLog2E);
     }
 
+    const Seen seen(task, tokens, count, rows);
     const Left<Scalar> queries{query, columns, 1}, grad_outs{grad_out, columns, 1};
     product<V, Multiply>(
         queries, Right<Scalar>{key_t, keys}, rows, head_dim, keys / V::kWidth,
-        Exponentials<V, Scalar>{probability, keys, factor, shifts, sums, num_keys});
+        Exponentials<V, Seen, Scalar>{seen, probability, keys, factor, shifts, sums});
     product<V, Multiply>(grad_outs, Right<Scalar>{value_t, keys}, rows, head_dim,
                          keys / V::kWidth,
                          ScoreGradients<V>{probability, deltas, grad_score, keys});
@@ -352,6 +411,32 @@ void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
       store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]], head_dim);
     }
   }
+}
+
+template <class V, class T>
+void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
+  if (task.masks) {
+    attend_seen_backward<V, MaskedKeys<V>>(task, scratch);
+  } else {
+    attend_seen_backward<V, AllKeys<V>>(task, scratch);
+  }
+}
+
+template <class V, class T>
+bool finite(Rows<const T> rows, int64_t tokens, int64_t head_dim) {
+  using Scalar = typename V::Scalar;
+  auto squares = V::zero();
+  Scalar rest = 0;
+  for (int64_t l = 0; l < tokens; ++l) {
+    const T* row = rows[l];
+    int64_t d = 0;
+    for (; d + V::kWidth <= head_dim; d += V::kWidth) {
+      const auto part = V::load(row + d);
+      squares = V::fmadd(part, part, squares);
+    }
+    for (; d < head_dim; ++d) rest += static_cast<Scalar>(row[d]) * row[d];
+  }
+  return std::isfinite(V::sum(squares) + rest);
 }
 
 // Adds gathered rows (count, padded D) to the rows that the index names.
@@ -378,4 +463,4 @@ void store_rows(const typename V::Scalar* from, Rows<T> to, int64_t count,
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -11,7 +13,7 @@
 #include "pytorch_device_registry.hpp"
 #include "slices.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 namespace {
 
 // Queries attended by one task: enough to pay for packing the keys, few enough to
@@ -31,87 +33,169 @@ void check_range(const at::Tensor& numbers, int64_t limit, const char* name,
 }
 
 struct Task {
-  int64_t slice, group;
-  int64_t first, count;  // places in the slice's queries ordered by group
+  int64_t slice, group;  // all groups of a slice whose keys are masked
+  int64_t first, count;  // places in the slice's queries
 };
 
-// The queries of every slice ordered by group, and the tasks that they make.
-struct Plan {
-  std::vector<int32_t> order;  // (B * H, L)
-  std::vector<Task> tasks;     // by slice, group and place
-  std::vector<int64_t> begin;  // (B * H + 1), a slice's first task
-};
+// What gathering a group's keys costs, as the time of this many queries.
+constexpr int64_t kGatherQueries = 10;
 
-Plan make_plan(const at::Tensor& group, const at::Tensor& index) {
-  const int64_t slices = index.size(0) * index.size(1), groups = index.size(2);
-  const int64_t tokens = group.size(2);
-  check_range(group, groups, "group", "groups");
-  check_range(index, tokens, "index", "tokens");
-  Plan plan;
-  plan.order.resize(slices * tokens);
-  std::vector<int64_t> starts(slices * (groups + 1), 0);
-  const int32_t* all = group.const_data_ptr<int32_t>();
-  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slice = begin; slice < end; ++slice) {
-      const int32_t* of = all + slice * tokens;
-      int64_t* start = starts.data() + slice * (groups + 1);
-      for (int64_t l = 0; l < tokens; ++l) ++start[of[l] + 1];
-      for (int64_t g = 0; g < groups; ++g) start[g + 1] += start[g];
-      std::vector<int64_t> next(start, start + groups);
-      int32_t* order = plan.order.data() + slice * tokens;
-      for (int64_t l = 0; l < tokens; ++l) {
-        order[next[of[l]]++] = static_cast<int32_t>(l);
-      }
+// How the slices are attended, and the tasks that they make. Where the groups are
+// small and K is a large part of L, gathering the keys of every group takes longer
+// than to score all of them: such slices take the dense product of their queries and
+// keys in the order of the tokens, under the groups' masks.
+class Plan {
+ public:
+  // finite(slice): whether zero times any row is zero, which masks rely on.
+  template <class Finite>
+  Plan(const at::Tensor& group, const at::Tensor& index, const Finite& finite)
+      : slices_(index.size(0) * index.size(1)),
+        groups_(index.size(2)),
+        num_keys_(index.size(3)),
+        tokens_(group.size(2)),
+        group_(group.const_data_ptr<int32_t>()),
+        index_(index.const_data_ptr<int32_t>()),
+        order_(slices_ * tokens_),
+        masked_(slices_) {
+    check_range(group, groups_, "group", "groups");
+    check_range(index, tokens_, "index", "tokens");
+    if (masking_pays(std::min(groups_, tokens_))) {
+      masks_.resize(slices_ * groups_ * mask_bytes() + 3);
     }
-  });
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    plan.begin.push_back(plan.tasks.size());
-    const int64_t* start = starts.data() + slice * (groups + 1);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t l = start[g]; l < start[g + 1]; l += kTaskQueries) {
-        plan.tasks.push_back({slice, g, l, std::min(kTaskQueries, start[g + 1] - l)});
+    std::vector<int64_t> starts(slices_ * (groups_ + 1), 0);
+    at::parallel_for(0, slices_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slice = begin; slice < end; ++slice) {
+        int64_t* start = starts.data() + slice * (groups_ + 1);
+        sort(slice, start);
+        int64_t used = 0;
+        for (int64_t g = 0; g < groups_; ++g) used += start[g] < start[g + 1];
+        masked_[slice] = masking_pays(used) && finite(slice) && make_masks(slice);
+        if (masked_[slice]) {
+          std::iota(order_.data() + slice * tokens_,
+                    order_.data() + (slice + 1) * tokens_, 0);
+        }
       }
+    });
+    for (int64_t slice = 0; slice < slices_; ++slice) {
+      begin_.push_back(tasks_.size());
+      if (masked_[slice]) {
+        add_tasks(slice, 0, 0, tokens_);
+        continue;
+      }
+      const int64_t* start = starts.data() + slice * (groups_ + 1);
+      for (int64_t g = 0; g < groups_; ++g) add_tasks(slice, g, start[g], start[g + 1]);
+    }
+    begin_.push_back(tasks_.size());
+  }
+
+  const std::vector<Task>& tasks() const { return tasks_; }
+  // The number of a slice's first task.
+  int64_t begin(int64_t slice) const { return begin_[slice]; }
+  const int32_t* queries(const Task& task) const {
+    return order_.data() + task.slice * tokens_ + task.first;
+  }
+  const int32_t* keys(const Task& task) const {
+    if (masked_[task.slice]) return order_.data() + task.slice * tokens_;
+    return index_ + (task.slice * groups_ + task.group) * num_keys_;
+  }
+  int64_t num_keys(int64_t slice) const { return masked_[slice] ? tokens_ : num_keys_; }
+  KeyMasks masks(int64_t slice) const {
+    if (!masked_[slice]) return {};
+    return {{mask(slice, 0), mask_bytes()}, group_ + slice * tokens_};
+  }
+
+ private:
+  bool masking_pays(int64_t used_groups) const {
+    return tokens_ * tokens_ <= num_keys_ * (tokens_ + used_groups * kGatherQueries);
+  }
+
+  // Orders a slice's queries by group; start (G + 1) is where the groups begin.
+  void sort(int64_t slice, int64_t* start) {
+    const int32_t* of = group_ + slice * tokens_;
+    for (int64_t l = 0; l < tokens_; ++l) ++start[of[l] + 1];
+    for (int64_t g = 0; g < groups_; ++g) start[g + 1] += start[g];
+    std::vector<int64_t> next(start, start + groups_);
+    int32_t* order = order_.data() + slice * tokens_;
+    for (int64_t l = 0; l < tokens_; ++l) {
+      order[next[of[l]]++] = static_cast<int32_t>(l);
     }
   }
-  plan.begin.push_back(plan.tasks.size());
-  return plan;
-}
+
+  // Whole bytes for the widest vector.
+  int64_t mask_bytes() const { return round_up(tokens_, 16) / 8; }
+  const uint8_t* mask(int64_t slice, int64_t group) const {
+    return masks_.data() + (slice * groups_ + group) * mask_bytes();
+  }
+
+  // False if a group names a key twice, which a mask cannot say.
+  bool make_masks(int64_t slice) {
+    std::vector<uint8_t> seen(8 * mask_bytes());  // a byte per token
+    const int32_t* index = index_ + slice * groups_ * num_keys_;
+    uint8_t* to = masks_.data() + slice * groups_ * mask_bytes();
+    for (int64_t g = 0; g < groups_; ++g, index += num_keys_) {
+      std::fill(seen.begin(), seen.end(), uint8_t(0));
+      for (int64_t k = 0; k < num_keys_; ++k) seen[index[k]] = 1;
+      int64_t count = 0;
+      for (int64_t byte = 0; byte < mask_bytes(); ++byte) {
+        // Zeros and ones, the first in the lowest byte: their bits side by side and
+        // their sum gather in the highest.
+        uint64_t eight;
+        std::memcpy(&eight, seen.data() + 8 * byte, sizeof(eight));
+        *to++ = static_cast<uint8_t>(eight * 0x0102040810204080 >> 56);
+        count += static_cast<int64_t>(eight * 0x0101010101010101 >> 56);
+      }
+      if (count != num_keys_) return false;
+    }
+    return true;
+  }
+
+  void add_tasks(int64_t slice, int64_t group, int64_t first, int64_t end) {
+    for (; first < end; first += kTaskQueries) {
+      tasks_.push_back({slice, group, first, std::min(kTaskQueries, end - first)});
+    }
+  }
+
+  int64_t slices_, groups_, num_keys_, tokens_;
+  const int32_t* group_;         // (B * H, L)
+  const int32_t* index_;         // (B * H, G, K)
+  std::vector<int32_t> order_;   // (B * H, L), the queries as tasks take them
+  std::vector<uint8_t> masked_;  // (B * H)
+  std::vector<uint8_t> masks_;   // (B * H, G, bytes), one bit per token
+  std::vector<Task> tasks_;      // by slice, group and place
+  std::vector<int64_t> begin_;   // (B * H + 1)
+};
 
 // Fills in what forward and backward share.
 template <class T>
 class Inputs {
  public:
   Inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-         const at::Tensor& index, double scale, const Plan& plan)
+         double scale, const Plan& plan)
       : query_(query),
         key_(key),
         value_(value),
-        index_(index.const_data_ptr<int32_t>()),
-        tokens_(query.size(2)),
         head_dim_(query.size(3)),
-        groups_(index.size(2)),
-        num_keys_(index.size(3)),
         scale_(scale),
-        order_(plan.order.data()) {}
+        plan_(plan) {}
 
   void fill(const Task& task, AttentionTask<T>& work) const {
     work.query = query_[task.slice];
     work.key = key_[task.slice];
     work.value = value_[task.slice];
-    work.tokens = order_ + task.slice * tokens_ + task.first;
+    work.tokens = plan_.queries(task);
     work.num_queries = task.count;
-    work.index = index_ + (task.slice * groups_ + task.group) * num_keys_;
-    work.num_keys = num_keys_;
+    work.index = plan_.keys(task);
+    work.num_keys = plan_.num_keys(task.slice);
     work.head_dim = head_dim_;
     work.scale = scale_;
+    work.masks = plan_.masks(task.slice);
   }
 
  private:
   Slices<const T> query_, key_, value_;
-  const int32_t* index_;
-  int64_t tokens_, head_dim_, groups_, num_keys_;
+  int64_t head_dim_;
   double scale_;
-  const int32_t* order_;
+  const Plan& plan_;
 };
 
 std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
@@ -120,16 +204,19 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
   auto out = empty_heads_last(query);
   auto logsumexp =
       at::empty(group.sizes(), query.options().dtype(accumulate_type(query)));
-  const int64_t tokens = query.size(2);
-  const Plan plan = make_plan(group, index);
+  const int64_t tokens = query.size(2), head_dim = query.size(3);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention", [&] {
         using sum_t = accumulate_t<scalar_t>;
-        const Inputs<scalar_t> inputs(query, key, value, index, scale, plan);
+        const Slices<const scalar_t> values(value);
+        const Plan plan(group, index, [&](int64_t slice) {
+          return kernels<scalar_t>().finite(values[slice], tokens, head_dim);
+        });
+        const Inputs<scalar_t> inputs(query, key, value, scale, plan);
         const Slices<scalar_t> outs(out);
         sum_t* sums = logsumexp.mutable_data_ptr<sum_t>();
-        parallel_tasks(plan.tasks.size(), [&](int64_t i, Scratch& scratch) {
-          const Task& task = plan.tasks[i];
+        parallel_tasks(plan.tasks().size(), [&](int64_t i, Scratch& scratch) {
+          const Task& task = plan.tasks()[i];
           ForwardTask<scalar_t> work;
           inputs.fill(task, work);
           work.out = outs[task.slice];
@@ -197,21 +284,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
   auto grad_key = empty_heads_last(query);
   auto grad_value = empty_heads_last(query);
   const int64_t slices = query.size(0) * query.size(1), tokens = query.size(2);
-  const int64_t head_dim = query.size(3), num_keys = index.size(3);
-  const Plan plan = make_plan(group, index);
+  const int64_t head_dim = query.size(3);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention_backward", [&] {
         using sum_t = accumulate_t<scalar_t>;
-        const Inputs<scalar_t> inputs(query, key, value, index, scale, plan);
-        const Slices<const scalar_t> outs(out), grad_outs(grad_out);
+        const Slices<const scalar_t> queries(query), keys(key), values(value), outs(out),
+            grad_outs(grad_out);
+        const Plan plan(group, index, [&](int64_t slice) {
+          for (const auto& rows : {queries, keys, values, grad_outs}) {
+            if (!kernels<scalar_t>().finite(rows[slice], tokens, head_dim)) return false;
+          }
+          return true;
+        });
+        const Inputs<scalar_t> inputs(query, key, value, scale, plan);
         const Slices<scalar_t> grad_queries(grad_query), grad_keys(grad_key),
             grad_values(grad_value);
         const sum_t* sums = logsumexp.const_data_ptr<sum_t>();
-        const int32_t* chosen = index.const_data_ptr<int32_t>();
 
         const auto run = [&](int64_t i, sum_t* to_key, sum_t* to_value,
                              Scratch& scratch) {
-          const Task& task = plan.tasks[i];
+          const Task& task = plan.tasks()[i];
           BackwardTask<scalar_t> work;
           inputs.fill(task, work);
           work.out = outs[task.slice];
@@ -222,19 +314,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
           work.grad_value = to_value;
           kernels<scalar_t>().backward(work, scratch);
         };
-        const auto index_of = [&](int64_t i) {
-          const Task& task = plan.tasks[i];
-          return chosen + (task.slice * index.size(2) + task.group) * num_keys;
-        };
         if (slices >= at::get_num_threads()) {
           parallel_tasks(slices, [&](int64_t slice, Scratch& scratch) {
+            const int64_t num_keys = plan.num_keys(slice);
             Gathered<sum_t> part(1, num_keys, head_dim);
             Total<scalar_t> total_key(grad_keys[slice], tokens, head_dim);
             Total<scalar_t> total_value(grad_values[slice], tokens, head_dim);
-            for (int64_t i = plan.begin[slice]; i < plan.begin[slice + 1]; ++i) {
+            for (int64_t i = plan.begin(slice); i < plan.begin(slice + 1); ++i) {
+              const int32_t* index = plan.keys(plan.tasks()[i]);
               run(i, part.key(0), part.value(0), scratch);
-              total_key.add(part.key(0), index_of(i), num_keys);
-              total_value.add(part.value(0), index_of(i), num_keys);
+              total_key.add(part.key(0), index, num_keys);
+              total_value.add(part.value(0), index, num_keys);
             }
             total_key.finish();
             total_value.finish();
@@ -244,8 +334,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
         // Few slices: the tasks of one at a time run in parallel, and what they
         // found is added up in the same order as above.
         for (int64_t slice = 0; slice < slices; ++slice) {
-          const int64_t first = plan.begin[slice];
-          const int64_t count = plan.begin[slice + 1] - first;
+          const int64_t first = plan.begin(slice);
+          const int64_t count = plan.begin(slice + 1) - first;
+          const int64_t num_keys = plan.num_keys(slice);
           Gathered<sum_t> parts(count, num_keys, head_dim);
           parallel_tasks(count, [&](int64_t i, Scratch& scratch) {
             run(first + i, parts.key(i), parts.value(i), scratch);
@@ -254,8 +345,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
             Total<scalar_t> total((which ? grad_values : grad_keys)[slice], tokens,
                                   head_dim);
             for (int64_t i = 0; i < count; ++i) {
-              total.add(which ? parts.value(i) : parts.key(i), index_of(first + i),
-                        num_keys);
+              total.add(which ? parts.value(i) : parts.key(i),
+                        plan.keys(plan.tasks()[first + i]), num_keys);
             }
             total.finish();
           });
@@ -269,4 +360,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
 REGISTER_DEVICE_IMPL(group_attention_impl, CPU, group_attention_cpu);
 REGISTER_DEVICE_IMPL(group_attention_backward_impl, CPU, group_attention_backward_cpu);
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -9,7 +9,7 @@
 
 #include "kernels_for.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 namespace {
 
 template <class T>
@@ -42,4 +42,4 @@ template const Kernels<double>& kernels();
 template const Kernels<c10::Half>& kernels();
 template const Kernels<c10::BFloat16>& kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

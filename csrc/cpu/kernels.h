@@ -9,7 +9,7 @@
 #include "../common/limits.h"
 #include "scratch.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 struct Rows {
@@ -40,7 +40,18 @@ struct SelectTask {
   int32_t* index;  // (G, K)
 };
 
-// Queries of one group, and the group's keys.
+// The keys that each group selected, one bit per token.
+struct KeyMasks {
+  Rows<const uint8_t> of{};        // (G, bytes), zeros up to a whole vector; readable
+                                   // three bytes further
+  const int32_t* group = nullptr;  // (L), of the slice
+
+  explicit operator bool() const { return group; }
+  const uint8_t* operator[](int64_t query) const { return of[group[query]]; }
+};
+
+// Queries and the keys they attend to: those of one group, or with masks any
+// queries and all tokens as keys, of which each query sees its group's.
 template <class T>
 struct AttentionTask {
   Rows<const T> query, key, value;
@@ -49,6 +60,7 @@ struct AttentionTask {
   const int32_t* index;  // (K)
   int64_t num_keys, head_dim;
   double scale;
+  KeyMasks masks;
 };
 
 // float64 accumulates in itself, everything else in float32.
@@ -79,12 +91,19 @@ struct BackwardTask : AttentionTask<T> {
   accumulate_t<T>* grad_value;
 };
 
-// Rows of channels one after the other, and what is added to their GELU, or null.
+// Rows of channels, one after the other.
 template <class T>
 struct GeluRows {
-  const T* x;         // (count, channels)
-  const T* residual;  // (count, channels)
+  const T* x;  // (count, channels)
   int64_t count, channels;
+};
+
+// A row of pixels of a map, the middle one, and the rows beside it.
+template <class T>
+struct ThreeRows {
+  const T* x[3];   // (width, channels) each, null beyond the border
+  const T* zeros;  // (channels), for pixels beyond the border
+  int64_t width, channels;
 };
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
@@ -98,6 +117,8 @@ template <class T>
 struct Kernels {
   void (*assign)(const AssignTask<T>&, Scratch&);
   void (*select)(const SelectTask<T>&, Scratch&);
+  // Whether the sum of all squares is finite.
+  bool (*finite)(Rows<const T>, int64_t tokens, int64_t head_dim);
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
   // Adds numbers (count, padded_head_dim) to the rows that the index names.
@@ -105,16 +126,22 @@ struct Kernels {
               Rows<accumulate_t<T>> to, int64_t head_dim);
   // (count, D) numbers into rows of D.
   void (*store)(const accumulate_t<T>* from, Rows<T> to, int64_t count, int64_t head_dim);
-  void (*gelu_statistics)(const GeluRows<T>&, T* sum, accumulate_t<T>* mean,
-                          accumulate_t<T>* deviation, Scratch&);
-  void (*gelu_norm)(const GeluRows<T>&, const accumulate_t<T>* scale,
-                    const accumulate_t<T>* shift, T* out);
-  void (*gelu_norm_sums)(const GeluRows<T>&, T* grad, const T* more,
-                         const accumulate_t<T>* mean, accumulate_t<T>* sum,
-                         accumulate_t<T>* product);
-  void (*gelu_norm_backward)(const GeluRows<T>&, const accumulate_t<T>* scale,
-                             const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                             T* grad, T* sum);
+  void (*gelu_batch_norm_stats)(const GeluRows<T>&, accumulate_t<T>* mean,
+                                accumulate_t<T>* deviation, Scratch&);
+  void (*gelu_batch_norm_elemt)(const GeluRows<T>&, const accumulate_t<T>* scale,
+                                const accumulate_t<T>* shift, T* y);
+  void (*gelu_batch_norm_backward_reduce)(const GeluRows<T>&, const T* dy,
+                                          const accumulate_t<T>* mean,
+                                          accumulate_t<T>* sum_dy,
+                                          accumulate_t<T>* sum_dy_xmu);
+  void (*gelu_batch_norm_backward_elemt)(const GeluRows<T>&, const T* dy,
+                                         const accumulate_t<T>* scale,
+                                         const accumulate_t<T>* slope,
+                                         const accumulate_t<T>* shift, T* dx);
+  void (*depthwise_conv)(const ThreeRows<T>&, const accumulate_t<T>* weight,
+                         const accumulate_t<T>* bias, T* out);
+  void (*depthwise_conv_backward_weight)(const ThreeRows<T>&, const T* grad,
+                                         accumulate_t<T>* sums);
 };
 
 // The fastest kernels that this machine can run. ATEN_CPU_CAPABILITY limits the
@@ -122,4 +149,4 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

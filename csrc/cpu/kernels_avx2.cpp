@@ -7,7 +7,7 @@ MMDGT_TARGET_BEGIN("avx2,fma,f16c")
 #include "kernel_table.h"
 MMDGT_TARGET_END
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 Kernels<T> avx2_kernels() {
@@ -19,6 +19,6 @@ template Kernels<float> avx2_kernels();
 template Kernels<c10::Half> avx2_kernels();
 template Kernels<c10::BFloat16> avx2_kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu
 
 #endif

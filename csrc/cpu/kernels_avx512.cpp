@@ -7,7 +7,7 @@ MMDGT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "kernel_table.h"
 MMDGT_TARGET_END
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 Kernels<T> avx512_kernels() {
@@ -19,6 +19,6 @@ template Kernels<float> avx512_kernels();
 template Kernels<c10::Half> avx512_kernels();
 template Kernels<c10::BFloat16> avx512_kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu
 
 #endif

@@ -8,7 +8,7 @@ MMDGT_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #include "simd_avx512_bf16.h"
 MMDGT_TARGET_END
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 Kernels<c10::BFloat16> avx512_bf16_kernels() {
   using T = c10::BFloat16;
@@ -16,6 +16,6 @@ Kernels<c10::BFloat16> avx512_bf16_kernels() {
   return kernel_table<V, V, Bf16PairsLayout, T>();
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu
 
 #endif

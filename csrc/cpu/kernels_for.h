@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 Kernels<T> portable_kernels();
@@ -15,4 +15,4 @@ template <class T>
 Kernels<T> avx512_kernels();
 Kernels<c10::BFloat16> avx512_bf16_kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -3,7 +3,7 @@
 
 #include "kernel_table.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 template <class T>
 Kernels<T> portable_kernels() {
@@ -16,4 +16,4 @@ template Kernels<double> portable_kernels();
 template Kernels<c10::Half> portable_kernels();
 template Kernels<c10::BFloat16> portable_kernels();
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -2,7 +2,7 @@
 // target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 // How to multiply: one number at a time. Bf16Pairs (kernels_avx512_bf16.cpp) is
 // the other way.
@@ -152,4 +152,4 @@ void transpose(const typename V::Scalar* from, int64_t from_step, typename V::Sc
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

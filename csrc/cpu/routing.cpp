@@ -9,7 +9,7 @@
 #include "pytorch_device_registry.hpp"
 #include "slices.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 namespace {
 
 // Tokens assigned by one task. Fixed, so that the sums of eq. 3 are added up in
@@ -100,4 +100,4 @@ at::Tensor select_keys_cpu(const at::Tensor& key, const at::Tensor& centroids,
 REGISTER_DEVICE_IMPL(assign_queries_impl, CPU, assign_queries_cpu);
 REGISTER_DEVICE_IMPL(select_keys_impl, CPU, select_keys_cpu);
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -3,7 +3,7 @@
 // target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 constexpr int64_t kScoredTokens = 24;  // at a time; their scores stay in L1
 
@@ -122,6 +122,42 @@ void assign(const AssignTask<T>& task, Scratch& scratch) {
   }
 }
 
+// By bisection scores that `wanted` of the tokens reach, centroid by centroid, or not
+// many more. scores (tokens, width) -> thresholds (width).
+template <class V>
+void find_thresholds(const float* scores, int64_t tokens, int64_t width, float wanted,
+                     float* thresholds) {
+  constexpr int kSteps = 10;
+  for (int64_t g = 0; g < width; g += V::kWidth) {
+    auto high = V::load(scores + g), low = high;
+    for (int64_t i = 1; i < tokens; ++i) {
+      const auto score = V::load(scores + i * width + g);
+      high = V::max(high, score);
+      low = -V::max(-low, -score);
+    }
+    for (int step = 0; step < kSteps; ++step) {
+      const auto middle = V::broadcast(0.5f) * (low + high);
+      typename V::Reg count[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      int64_t i = 0;
+      for (; i + 4 <= tokens; i += 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          count[j] =
+              V::count_not_below(count[j], V::load(scores + (i + j) * width + g), middle);
+        }
+      }
+      for (; i < tokens; ++i) {
+        count[0] = V::count_not_below(count[0], V::load(scores + i * width + g), middle);
+      }
+      const auto reached = (count[0] + count[1]) + (count[2] + count[3]);
+      const auto enough = reached >= V::broadcast(wanted);
+      low = enough ? middle : low;
+      high = enough ? high : middle;
+    }
+    V::store(thresholds + g, low);
+  }
+}
+
 // Estimates from a sample a score that more than `num_keys` of the tokens reach,
 // but not many more. It needn't be right: too few or too many candidates cost time
 // only.
@@ -139,34 +175,7 @@ void estimate_thresholds(Scorer<V, T>& scorer, int64_t tokens, int64_t num_keys,
   // Four standard deviations above the expected number, and some.
   const float expected = static_cast<float>(num_keys) * samples / tokens;
   const float wanted = expected + 4 * std::sqrt(expected) + 4;
-  float low[V::kWidth], high[V::kWidth], middle[V::kWidth], reached[V::kWidth];
-  for (int64_t g = 0; g < width; g += V::kWidth) {
-    auto maximum = V::load(sampled + g), minimum = maximum;
-    for (int64_t i = 1; i < samples; ++i) {
-      const auto score = V::load(sampled + i * width + g);
-      maximum = V::max(maximum, score);
-      minimum = -V::max(-minimum, -score);
-    }
-    V::store(low, minimum);
-    V::store(high, maximum);
-    for (int step = 0; step < 10; ++step) {
-      for (int i = 0; i < V::kWidth; ++i) middle[i] = 0.5f * (low[i] + high[i]);
-      const auto limit = V::load(middle);
-      typename V::Reg count[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (int64_t i = 0; i < samples; i += 4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          count[j] =
-              V::count_not_below(count[j], V::load(sampled + (i + j) * width + g), limit);
-        }
-      }
-      V::store(reached, (count[0] + count[1]) + (count[2] + count[3]));
-      for (int i = 0; i < V::kWidth; ++i) {
-        (reached[i] >= wanted ? low : high)[i] = middle[i];
-      }
-    }
-    std::copy(low, low + V::kWidth, thresholds + g);
-  }
+  find_thresholds<V>(sampled, samples, width, wanted, thresholds);
 }
 
 // The keys that passed the threshold of one group, in the order of the tokens.
@@ -208,15 +217,17 @@ class Candidates {
       if (reached == wanted_) break;
     }
     const auto least = static_cast<uint32_t>(low);
-    // Of equal scores the first, which are the lower tokens, win.
-    int64_t ties = wanted_ - count_from(low + 1), kept = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      const uint32_t bits = bits_[i];
-      const bool tie = bits == least && ties > 0;
-      bits_[kept] = bits;
-      tokens_[kept] = tokens_[i];
-      kept += bits > least || tie;
-      ties -= tie;
+    int64_t kept = 0;
+    if (count_from(low) == wanted_) {
+      for (int64_t i = 0; i < size_; ++i) kept = keep(i, kept, bits_[i] >= least);
+    } else {
+      // Of equal scores the first, which are the lower tokens, win.
+      int64_t ties = wanted_ - count_from(low + 1);
+      for (int64_t i = 0; i < size_; ++i) {
+        const bool tie = bits_[i] == least && ties > 0;
+        kept = keep(i, kept, bits_[i] > least || tie);
+        ties -= tie;
+      }
     }
     size_ = kept;
     return score_of_bits(least);
@@ -236,6 +247,13 @@ class Candidates {
   }
 
  private:
+  // Moves the i-th candidate behind those kept, to stay if it is wanted.
+  MMDGT_INLINE int64_t keep(int64_t i, int64_t kept, bool wanted) {
+    bits_[kept] = bits_[i];
+    tokens_[kept] = tokens_[i];
+    return kept + wanted;
+  }
+
   int64_t count_from(uint64_t least) const {
     if (least > 0xffffffffu) return 0;
     const auto limit = static_cast<uint32_t>(least);
@@ -250,6 +268,21 @@ class Candidates {
   int64_t size_ = 0;
 };
 
+// Writes the tokens of the scores that are not less, and returns their number. `to` has
+// room for kWidth more.
+template <class V>
+MMDGT_INLINE int64_t write_not_less(const float* scores, int64_t tokens, float threshold,
+                                    int32_t* to) {
+  const auto limit = V::broadcast(threshold);
+  int64_t count = 0;
+  for (int64_t first = 0; first < tokens; first += V::kWidth) {
+    const uint32_t bits = V::not_less(V::load(scores + first), limit);
+    V::store_set(to + count, static_cast<int32_t>(first), bits);
+    count += __builtin_popcount(bits);
+  }
+  return count;
+}
+
 // With few tokens all are candidates.
 template <class V, class T>
 void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
@@ -257,27 +290,37 @@ void select_of_few(const SelectTask<T>& task, Scratch& scratch) {
   const int64_t width = round_up(groups, V::kWidth);
   const int64_t padded = round_up(tokens, V::kWidth);
   scratch.start(Scorer<V, T>::scratch_bytes(groups, task.head_dim) +
-                2 * padded * width * sizeof(float) +
-                tokens * (sizeof(uint32_t) + sizeof(int32_t)) +
+                (2 * padded + 1) * width * sizeof(float) +
+                (padded + V::kWidth) * (sizeof(uint32_t) + sizeof(int32_t)) +
                 wanted * sizeof(uint64_t));
   Scorer<V, T> scorer(task.key, tokens, task.centroids, groups, task.head_dim, scratch);
   float* scores = scratch.take<float>(padded * width);      // (tokens, groups)
   float* transposed = scratch.take<float>(width * padded);  // (groups, tokens)
+  float* thresholds = scratch.take<float>(width);
   uint32_t* bits = scratch.take<uint32_t>(tokens);
-  int32_t* places = scratch.take<int32_t>(tokens);
+  int32_t* places = scratch.take<int32_t>(padded + V::kWidth);
   uint64_t* work = scratch.take<uint64_t>(wanted);
   for (int64_t first = 0; first < tokens; first += kScoredTokens) {
     const int64_t count = std::min(kScoredTokens, tokens - first);
     scorer.score(first, 1, count);
     std::copy(scorer.scores(0), scorer.scores(0) + count * width, scores + first * width);
   }
-  std::fill(scores + tokens * width, scores + padded * width, 0.0f);
+  std::fill(scores + tokens * width, scores + padded * width,
+            -std::numeric_limits<float>::infinity());
+  find_thresholds<V>(scores, tokens, width, static_cast<float>(wanted), thresholds);
   transpose<V>(scores, width, transposed, padded, padded, width);
   for (int64_t g = 0; g < groups; ++g) {
+    const float* row = transposed + g * padded;
+    int32_t* index = task.index + g * wanted;
+    // NaN passes, as it should. Seldom do more keys pass than are wanted.
+    if (!task.sorted && write_not_less<V>(row, padded, thresholds[g], places) == wanted) {
+      std::copy(places, places + wanted, index);
+      continue;
+    }
     Candidates<V> candidates(bits, places, tokens, wanted);
-    candidates.add_all(transposed + g * padded, tokens);
+    candidates.add_all(row, tokens);
     candidates.prune();
-    candidates.write(task.sorted, task.index + g * wanted, work);
+    candidates.write(task.sorted, index, work);
   }
 }
 
@@ -358,4 +401,4 @@ void select(const SelectTask<T>& task, Scratch& scratch) {
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

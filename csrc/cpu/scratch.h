@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <new>
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 class Scratch {
  public:
@@ -49,4 +49,4 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

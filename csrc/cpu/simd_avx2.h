@@ -1,8 +1,22 @@
-// Vectors of eight floats, for AVX2 with FMA and F16C. To be included inside a
-// target region (target.h).
+// Vectors of eight floats, for AVX2 with FMA and F16C. The members are those of
+// Portable (simd_portable.h). To be included inside a target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
+
+// The places of the set bits of every byte, a byte each.
+struct SetBits {
+  uint64_t places[256] = {};
+
+  constexpr SetBits() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) places[byte] |= static_cast<uint64_t>(bit) << 8 * count++;
+      }
+    }
+  }
+};
+constexpr SetBits kSetBits;
 
 struct Avx2 {
   using Scalar = float;
@@ -67,10 +81,15 @@ struct Avx2 {
     const Reg one = _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), broadcast(1));
     return _mm256_add_ps(count, one);
   }
-  static MMDGT_INLINE Reg keep_first(Reg reg, int lanes) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), lane);
-    return _mm256_and_ps(reg, _mm256_castsi256_ps(keep));
+  static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+    return _mm256_and_ps(reg, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+  }
+  static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
+    const __m128i places = _mm_loadl_epi64((const __m128i*)&kSetBits.places[bits]);
+    _mm256_storeu_si256((__m256i*)to, _mm256_add_epi32(_mm256_cvtepu8_epi32(places),
+                                                       _mm256_set1_epi32(first)));
   }
   static MMDGT_INLINE Reg exp2(Reg x) {
     x = _mm256_max_ps(broadcast(-126.0f), x);  // in this order NaN stays
@@ -107,4 +126,4 @@ struct Avx2 {
   }
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -1,8 +1,8 @@
-// Vectors of sixteen floats, for AVX-512 (F, BW, DQ, VL). To be included inside a
-// target region (target.h).
+// Vectors of sixteen floats, for AVX-512 (F, BW, DQ, VL). The members are those of
+// Portable (simd_portable.h). To be included inside a target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 struct Avx512 {
   using Scalar = float;
@@ -58,8 +58,15 @@ struct Avx512 {
     return _mm512_mask_add_ps(count, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), count,
                               broadcast(1));
   }
-  static MMDGT_INLINE Reg keep_first(Reg reg, int lanes) {
-    return _mm512_maskz_mov_ps((1u << lanes) - 1, reg);
+  static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), reg);
+  }
+  static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
+    const __m512i lane =
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+    _mm512_storeu_si512(
+        to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), numbers));
   }
   static MMDGT_INLINE Reg exp2(Reg x) {
     const Reg whole =
@@ -104,4 +111,4 @@ struct Avx512 {
   }
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -3,7 +3,7 @@
 // inside a target region (target.h), after simd_avx512.h and product.h.
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 struct Avx512Bf16 : Avx512 {
   using Avx512::store;
@@ -62,4 +62,4 @@ struct Bf16PairsLayout {
   }
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -1,4 +1,5 @@
-// Vectors in the compiler's own extension: 16 bytes, which every machine has.
+// Vectors in the compiler's own extension: 16 bytes, which every machine has. Their
+// members are also what the kernels ask of every other kind of vectors.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,7 @@
 
 #include "target.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 // 2^r on [-1/2, 1/2], relative error 2e-7; shared by all float vectors.
 constexpr float kExp2Coefficients[] = {1.0f,         0.693147f,    0.24022242f,
@@ -16,15 +17,21 @@ constexpr float kExp2Coefficients[] = {1.0f,         0.693147f,    0.24022242f,
 
 template <class T>
 struct Portable {
+  // The type of a lane. Routing takes vectors of floats, attention and norms those of
+  // accumulate_t.
   using Scalar = T;
+  // A register, with the operators of the compiler's vectors: + - * / and < > ? :.
   typedef T Reg __attribute__((vector_size(16)));
+  // Lanes in a register, a power of two up to 16.
   static constexpr int kWidth = 16 / sizeof(T);
-  // Shape of the register tile of a matrix product.
+  // The register tile of a matrix product: rows, which divide kQueryBlock and
+  // kScoredTokens, times 2 or 4 vectors.
   static constexpr int kTileRows = 4;
   static constexpr int kTileVectors = 2;
 
   static MMDGT_INLINE Reg zero() { return Reg{}; }
   static MMDGT_INLINE Reg broadcast(T value) { return Reg{} + value; }
+  // kWidth numbers in any floating type, aligned or not. Storing rounds to the nearest.
   static MMDGT_INLINE Reg load(const T* from) {
     Reg reg;
     std::memcpy(&reg, from, sizeof(reg));
@@ -42,7 +49,9 @@ struct Portable {
     for (int i = 0; i < kWidth; ++i) to[i] = static_cast<Stored>(reg[i]);
   }
   static MMDGT_INLINE Reg fmadd(Reg a, Reg b, Reg c) { return a * b + c; }
+  // b where either is NaN.
   static MMDGT_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  // Over the lanes.
   static MMDGT_INLINE T sum(Reg reg) {
     T total = 0;
     for (int i = 0; i < kWidth; ++i) total += reg[i];
@@ -53,7 +62,7 @@ struct Portable {
     for (int i = 1; i < kWidth; ++i) best = reg[i] > best ? reg[i] : best;
     return best;
   }
-  // One bit per lane.
+  // Comparisons, one bit per lane: a == b; either is NaN; not a < b.
   static MMDGT_INLINE uint32_t equal(Reg a, Reg b) { return bits(a == b); }
   static MMDGT_INLINE uint32_t unordered(Reg a, Reg b) {
     return bits((a != a) | (b != b));
@@ -63,11 +72,21 @@ struct Portable {
   static MMDGT_INLINE Reg count_not_below(Reg count, Reg a, Reg b) {
     return a >= b ? count + T(1) : count;
   }
-  // The first `lanes` lanes, zeros in the others.
-  static MMDGT_INLINE Reg keep_first(Reg reg, int lanes) {
-    for (int i = 0; i < kWidth; ++i) reg[i] = i < lanes ? reg[i] : T(0);
+  // The lanes whose bit is set, zeros in the others.
+  static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
+    for (int i = 0; i < kWidth; ++i) reg[i] = bits >> i & 1 ? reg[i] : T(0);
     return reg;
   }
+  // Stores first + i for every set bit i, one after the other, and something in the
+  // rest of kWidth places.
+  static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
+    for (int i = 0; i < kWidth; ++i) {
+      *to = first + i;
+      to += bits >> i & 1;
+    }
+  }
+  // 2^x up to x = 127, relative error 2e-7; below -126 anything from 0 to 2^-126. NaN
+  // stays NaN.
   static MMDGT_INLINE Reg exp2(Reg x) {
     if constexpr (std::is_same_v<T, double>) {
       for (int i = 0; i < kWidth; ++i) x[i] = std::exp2(x[i]);
@@ -84,6 +103,7 @@ struct Portable {
       return poly * power;
     }
   }
+  // A square of kWidth registers.
   static MMDGT_INLINE void transpose(Reg (&tile)[kWidth]) {
     for (int i = 0; i < kWidth; ++i) {
       for (int j = 0; j < i; ++j) {
@@ -103,4 +123,4 @@ struct Portable {
   }
 };
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
 // accumulate_t as PyTorch names it.
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
@@ -54,4 +54,4 @@ void parallel_tasks(int64_t tasks, const Run& run) {
   });
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu

@@ -91,8 +91,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<__half>& a,
 // A float32 as the sum of two tf32, which keeps 22 of its 24 bits.
 struct SplitFloat {
   uint32_t high, low;
-  __device__ __forceinline__ explicit SplitFloat(float x)
-      : high(ptx::round_to_tf32(x)), low(ptx::round_to_tf32(x - __uint_as_float(high))) {}
+  // nvcc hands an initialiser list to the host's compiler, which knows no intrinsics.
+  __device__ __forceinline__ explicit SplitFloat(float x) {
+    high = ptx::round_to_tf32(x);
+    low = ptx::round_to_tf32(x - __uint_as_float(high));
+  }
 };
 
 // Two products over 8 elements each. Which k stands in which slot does not matter

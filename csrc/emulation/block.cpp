@@ -61,7 +61,10 @@ std::mt19937 dice;
 int num_threads, num_live;
 std::vector<Thread*> ready, at_barrier;
 bool any_predicate, barrier_result;
-Meeting meetings[kMaxThreads];  // by warp and by the lowest lane that takes part
+struct Warp {
+  Meeting meetings[32];
+  uint32_t open = 0;  // one bit for each that has begun and not ended
+} warps[kMaxThreads / 32];
 
 // For ThreadSanitizer. Barriers take turns, so that a thread that has not yet left one
 // does not learn what others did after it.
@@ -120,13 +123,15 @@ std::unique_ptr<Thread> new_thread(int index) {
 std::string deadlock() {
   std::string text = std::to_string(num_live) + " threads wait for others, " +
                      std::to_string(at_barrier.size()) + " of them at a barrier";
-  for (int i = 0; i < num_threads; ++i) {
-    const Meeting& meeting = meetings[i];
-    if (meeting.arrived == 0) continue;
-    char line[160];
-    std::snprintf(line, sizeof(line), "; of warp %d lanes %08x in %s, arrived %08x",
-                  i / 32, meeting.lanes, meeting.instruction->name(), meeting.arrived);
-    text += line;
+  for (int warp = 0; warp < num_threads / 32; ++warp) {
+    for (int i = 0; i < 32; ++i) {
+      if (!(warps[warp].open >> i & 1)) continue;
+      const Meeting& meeting = warps[warp].meetings[i];
+      char line[160];
+      std::snprintf(line, sizeof(line), "; of warp %d lanes %08x in %s, arrived %08x",
+                    warp, meeting.lanes, meeting.instruction->name(), meeting.arrived);
+      text += line;
+    }
   }
   return text;
 }
@@ -209,7 +214,7 @@ bool sync_threads(bool predicate) {
   return barrier_result;
 }
 
-void sync_warp(unsigned lanes) {
+void sync_warp(uint32_t lanes) {
   const Unwatched unwatched;
   int& count = num_warp_syncs[running->warp];
   char* order = &warp_order[running->warp][count % 2];
@@ -220,35 +225,41 @@ void sync_warp(unsigned lanes) {
   acquire(order);
 }
 
-Meeting* meet(unsigned lanes, void* own, const std::type_info& instruction) {
-  const int lane = running->lane;
-  if (!(lanes >> lane & 1)) fail("a lane names others but not itself");
-  // Parts of a warp may be in meetings of their own while others wait for all lanes.
-  Meeting* own_warp = &meetings[32 * running->warp];
-  Meeting* found = nullptr;
-  for (Meeting* any = own_warp + 31; any >= own_warp; --any) {
-    if (any->arrived == 0 && (found == nullptr || found->arrived == 0)) found = any;
-    if (any->arrived != 0 && any->lanes == lanes) found = any;
+Meeting* meet(uint32_t lanes, void* own, const std::type_info& instruction) {
+  const uint32_t me = 1u << running->lane;
+  if (!(lanes & me)) fail("a lane names others but not itself");
+  Warp& warp = warps[running->warp];
+  int slot = -1;
+  for (uint32_t open = warp.open; open != 0; open &= open - 1) {
+    const int i = __builtin_ctz(open);
+    const Meeting& meeting = warp.meetings[i];
+    const bool same = meeting.lanes == lanes;
+    if (same) slot = i;
+    if (same ? *meeting.instruction != instruction
+             : (meeting.lanes & me) && (lanes & meeting.arrived)) {
+      fail("lanes of a warp wait for each other in different instructions");
+    }
   }
-  Meeting& meeting = *found;
-  if (meeting.arrived == 0) {
-    meeting.instruction = &instruction;
-    meeting.lanes = lanes;
-  } else if (*meeting.instruction != instruction) {
-    fail("lanes of a warp meet in different instructions");
+  if (slot < 0) {
+    slot = __builtin_ctz(~warp.open);
+    warp.open |= 1u << slot;
+    warp.meetings[slot].instruction = &instruction;
+    warp.meetings[slot].lanes = lanes;
+    warp.meetings[slot].arrived = 0;
   }
-  meeting.values[lane] = own;
-  meeting.arrived |= 1u << lane;
+  Meeting& meeting = warp.meetings[slot];
+  meeting.values[running->lane] = own;
+  meeting.arrived |= me;
   if (meeting.arrived == lanes) return &meeting;
   sleep();
   return nullptr;
 }
 
 void leave(const Meeting& meeting) {
-  const unsigned lanes = meeting.lanes;
-  const_cast<Meeting&>(meeting).arrived = 0;
+  Warp& warp = warps[running->warp];
+  warp.open &= ~(1u << (&meeting - warp.meetings));
   for (int lane = 0; lane < 32; ++lane) {
-    if (lane != running->lane && (lanes >> lane & 1)) {
+    if (lane != running->lane && (meeting.lanes >> lane & 1)) {
       ready.push_back(threads[32 * running->warp + lane].get());
     }
   }

@@ -76,13 +76,13 @@ void run_grid(dim3 grid, int threads, size_t shared_bytes,
 // Waits for all threads of the block. Whether any of them had `predicate`.
 bool sync_threads(bool predicate = false);
 
-void sync_warp(unsigned lanes);
+void sync_warp(uint32_t lanes);
 
 // What each of `lanes` brings to an instruction of its warp.
 template <typename T>
 struct Lanes {
   void* const* values;
-  unsigned mask;
+  uint32_t mask;
 
   bool take_part(int lane) const { return mask >> lane & 1; }
   T& operator[](int lane) const {
@@ -99,18 +99,18 @@ struct Lanes {
 
 struct Meeting {
   const std::type_info* instruction;
-  unsigned lanes, arrived = 0;
+  uint32_t lanes, arrived;
   void* values[32];
 };
 
 // The meeting for the last lane that comes; the others wait for leave() and get none.
-Meeting* meet(unsigned lanes, void* own, const std::type_info& instruction);
+Meeting* meet(uint32_t lanes, void* own, const std::type_info& instruction);
 void leave(const Meeting& meeting);
 
 // An instruction of the warp's `lanes`, named by the type T: the last lane to come
 // runs act(Lanes<T>) for all of them. Orders no memory, as on a GPU.
 template <typename T, typename Act>
-void exchange(unsigned lanes, T& own, Act&& act) {
+void exchange(uint32_t lanes, T& own, Act&& act) {
   const Unwatched unwatched;
   if (const Meeting* meeting = meet(lanes, &own, typeid(T))) {
     act(Lanes<T>{meeting->values, lanes});

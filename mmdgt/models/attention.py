@@ -183,6 +183,11 @@ class DynamicGroupAttention(Attention):
         if changed and not self.moved and self.group_counts.any():
             _warn_unmoved()
 
+    def init_non_persistent_buffers(self) -> None:
+        """Zero what no checkpoint holds; timm calls this after the meta device."""
+        self.group_sums.zero_()
+        self.group_counts.zero_()
+
     def extra_repr(self) -> str:
         """Name the groups and keys when printed."""
         return f'num_groups={self.centroids.shape[1]}, num_keys={self.num_keys}'

@@ -1,12 +1,13 @@
 """What DGT is made of: stem, patch merging, blocks (sections 3.2 and 3.3)."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .checkpointing import checkpointed
 from .convolutions import ResidualDepthwiseConv
 from .feed_forward import IRFFN
 from .gelu_norm import norm_of_gelu
@@ -40,6 +41,8 @@ class Stem(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
+        # Channels last, tokens are views of feature maps and nothing is copied.
+        x = x.contiguous(memory_format=torch.channels_last)
         layers = list(self)
         for conv, norm in zip(layers[::3], layers[2::3], strict=True):
             x = norm_of_gelu(norm, conv(x))
@@ -105,7 +108,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm2d(dims)
         self.attention = attention
         self.norm2 = LayerNorm2d(dims)
-        self.ffn = IRFFN(dims, ffn_ratio, norm_layer)
+        self.irffn = IRFFN(dims, ffn_ratio, norm_layer)
         self.drop_path = drop_path
         self.post_norm = post_norm
         self.with_cp = with_cp
@@ -113,44 +116,40 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self)),
-            )
+            return checkpointed(self, self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         x = self.cpe(x)  # eq. 8: conditional positional encoding, added
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._attend(x)))
-            return x + self.drop_path(self.norm2(self.ffn(x)))
+            return x + self.drop_path(self.norm2(self.irffn(x)))
         x = x + self.drop_path(self._attend(self.norm1(x)))  # eq. 9
-        return x + self.drop_path(self.ffn(self.norm2(x)))  # eq. 10
+        return x + self.drop_path(self.irffn(self.norm2(x)))  # eq. 10
 
     def _attend(self, x: Tensor) -> Tensor:
         return feature_map(self.attention(tokens(x)))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        refuse_old_weights(key.removeprefix(prefix) for key in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics while a checkpoint is recomputed.
 
-    The first pass has moved and counted them already; a second move would make
-    training with checkpoints differ from training without.
+def refuse_old_weights(keys: Iterable[str]) -> None:
+    """Raise a ValueError if weights are those of another feed-forward network.
+
+    Up to November 2026 it was ``ffn`` and added behind its GELU, not before: with
+    the same shapes the weights would compute something else.
     """
-    norms = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+    if any(re.match(r'(.*\.)?ffn\.(expand|depthwise|reduce)\.', key) for key in keys):
+        raise ValueError(
+            'these weights were trained with an older mmdgt, whose IRFFN computed'
+            ' BN(GELU(dw(y)) + y) instead of BN(GELU(dw(y) + y)) of its authors'
+            ' (docs/changelog.md), and have no use here: train anew, or install the'
+            ' mmdgt that they were trained with'
+        )
 
 
 class Stage(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from .convolutions import ResidualDepthwiseConv
+from .convolutions import DepthwiseConv, ResidualDepthwiseConv
 
 
 def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,9 @@ def fold_norms(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> nn.Conv2
     return folded
 
 
-def fold_sum(conv: ResidualDepthwiseConv) -> nn.Conv2d:
-    """A plain depth-wise convolution that equals ``x + conv(x)``."""
-    folded = nn.Conv2d(
-        conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups
-    ).to(conv.weight)
+def fold_sum(conv: ResidualDepthwiseConv) -> DepthwiseConv:
+    """One convolution that equals ``x + conv(x)``."""
+    folded = DepthwiseConv(conv.in_channels).to(conv.weight)
     folded.weight = nn.Parameter(conv.kernel().detach())
     folded.bias = conv.bias
     return folded

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .attention import DynamicGroupAttention, GlobalAttention
@@ -155,7 +154,7 @@ class DGT(nn.Module):
         for stage in self.out_indices:
             norm = LayerNorm2d(dims[stage]) if out_norm else nn.Identity()
             self.add_module(f'norm{stage}', norm)
-        self.apply(_init_linear)
+        self.apply(init_linear)
         for module in self._frozen():
             module.requires_grad_(False)
 
@@ -203,8 +202,7 @@ class DGT(nn.Module):
                 f'images must have shape (B, {self.in_channels}, H, W), got'
                 f' {tuple(x.shape)}; for other images set in_channels'
             )
-        # Channels last, tokens are views of feature maps and nothing is copied.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x)
         outs = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -251,7 +249,7 @@ class DGT(nn.Module):
         for block in self.modules():
             if isinstance(block, Block):
                 block.cpe = fold_sum(block.cpe)
-                block.ffn.switch_to_deploy()
+                block.irffn.switch_to_deploy()
         self.requires_grad_(False)
         self.deployed = True
 
@@ -272,7 +270,8 @@ class DGT(nn.Module):
         return self
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Let a linear layer start from a truncated normal and zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=LINEAR_STD)
         nn.init.zeros_(module.bias)

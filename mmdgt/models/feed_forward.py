@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from .checkpointing import checkpointed
 from .convolutions import PointwiseConv, ResidualDepthwiseConv
 from .deploy import Affine, fold_norms, fold_sum
-from .gelu_norm import norm_of_gelu
+from .gelu_norm import norm_of_gelu, trains_fused
 
 
 class IRFFN(nn.Module):
@@ -21,7 +23,7 @@ class IRFFN(nn.Module):
     Args:
         dims (int): Channels in and out.
         ratio (int): Hidden channels over ``dims``.
-        norm_layer (Callable): Builds the norm of a map with so many channels.
+        norm_layer (Callable): Makes the norms of their channels.
     """
 
     def __init__(
@@ -41,9 +43,18 @@ class IRFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = norm_of_gelu(self.norm1, self.expand(x))
+        x = self.expand(x)
+        if torch.is_grad_enabled() and trains_fused(self.norm1, x):
+            # One wide map is kept for the gradients instead of four.
+            x = checkpointed(self, self._mix, x)
+        else:
+            x = self._mix(x)
+        return self.norm3(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        x = norm_of_gelu(self.norm1, x)
         x = norm_of_gelu(self.norm2, self.depthwise(x))
-        return self.norm3(self.reduce(x))
+        return self.reduce(x)
 
     def switch_to_deploy(self) -> None:
         """Fold the batch norms and the sum."""

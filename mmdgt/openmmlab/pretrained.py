@@ -10,6 +10,8 @@ from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
 from torch import Tensor, nn
 
+from ..models.blocks import refuse_old_weights
+
 OUTPUT_NORM, STAGE = r'norm\d+\.', r'stages\.\d+\.'
 NAMED = 3  # keys that a message names
 
@@ -66,6 +68,7 @@ class StrictPretrainedInit(PretrainedInit):
             for key, value in there.items()
             if key.startswith(prefix)
         }
+        refuse_old_weights(weights)
         if not weights.keys() & own.keys():
             raise ValueError(_wrong_prefix(file, prefix, there, next(iter(own))))
         missing = [key for key in own if key not in weights]

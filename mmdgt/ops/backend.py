@@ -62,7 +62,8 @@ def function(name: str, tokens: Tensor, num_groups: int) -> Callable:
     reason = why_not_fused(tokens, num_groups)
     if _choice.name == 'fused' and reason:
         raise RuntimeError(f'back end "fused" was chosen, but {reason}')
-    if _choice.name == 'auto' and reason:
+    # Compilers trace no warnings.
+    if _choice.name == 'auto' and reason and not torch.compiler.is_compiling():
         _warn_once(reason)
     # Without the extension the operator itself runs the reference, and is still
     # known to FLOP counters and compilers.
@@ -133,6 +134,16 @@ def channels_served(name: str, x: Tensor, channels: int) -> bool:
         and channels % _limits['channel_step'] == 0
         and x.numel() > 0
     )
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which x's device computes in the data types that are given.
+
+    Half precision inside the reference would cost it its float32 sums.
+    """
+    if x.is_meta:  # knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @functools.cache

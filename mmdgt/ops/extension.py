@@ -32,15 +32,15 @@ def load() -> tuple[dict, str | None]:
         )
     else:
         limits = getattr(extension, 'limits', {})
-        if not limits:
-            problem = 'the extension mmdgt._ext was built from an older mmdgt'
-        elif extension.torch_version == torch.__version__.split('+')[0]:
-            return limits, None
-        else:
+        if extension.torch_version != torch.__version__.split('+')[0]:
             problem = (
                 'the extension mmdgt._ext was built for torch'
                 f' {extension.torch_version}, this is {torch.__version__}'
             )
+        elif not limits:
+            problem = 'the extension mmdgt._ext was built from an older mmdgt'
+        else:
+            return limits, None
     warnings.warn(f'{problem}; {HOW_TO_BUILD}', stacklevel=3)
     return limits, problem
 

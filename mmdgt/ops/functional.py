@@ -1,9 +1,7 @@
 """The public functions of DG-Attention."""
 
-import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import backend, checks, library
@@ -109,7 +107,7 @@ def group_attention(
         checks.check_range(group, index, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     run = backend.function('group_attention', query, index.shape[2])
-    with _without_autocast(query):
+    with backend.without_autocast(query):
         rows = map(_row_major, (query, key, value))
         return run(*rows, group.int().contiguous(), index.int().contiguous(), scale)[0]
 
@@ -171,15 +169,8 @@ def _choose(name: str, tokens: Tensor, centroids: Tensor, *args) -> Any:
     """Run an operator that returns integers, which carry no gradient."""
     tokens, centroids = tokens.detach(), centroids.detach().float().contiguous()
     run = backend.function(name, tokens, centroids.shape[1])
-    with _without_autocast(tokens):
+    with backend.without_autocast(tokens):
         return run(_row_major(tokens), centroids, *args)
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Half precision inside the reference would cost it its float32 sums."""
-    if x.is_meta:  # knows no autocast
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _row_major(x: Tensor) -> Tensor:

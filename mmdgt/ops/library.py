@@ -106,8 +106,8 @@ def _fake_select_keys(key, centroids, num_keys, sorted):
 
 
 def _fake_group_attention(query, key, value, group, index, scale):
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return _empty_token_major(query), query.new_empty(query.shape[:3], dtype=wide)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    return _empty_token_major(query), query.new_empty(query.shape[:3], dtype=accumulate)
 
 
 def _fake_group_attention_backward(grad_out, query, key, value, *_):

@@ -129,10 +129,10 @@ def group_attention_backward(
     """
     layout = _layout(group, index)
     scores = _scores(layout, query, key, scale)
-    wide = scores.dtype
-    tiles = [layout.spread(x.to(wide)) for x in (query, grad_out, out)]
+    accumulate = scores.dtype
+    tiles = [layout.spread(x.to(accumulate)) for x in (query, grad_out, out)]
     q, d_out, out_tiles = tiles
-    k, v = layout.select(key.to(wide)), layout.select(value.to(wide))
+    k, v = layout.select(key.to(accumulate)), layout.select(value.to(accumulate))
 
     probability = (scores - layout.spread(logsumexp.unsqueeze(-1))).exp()
     d_value = probability.mT @ d_out
@@ -149,8 +149,11 @@ def group_attention_backward(
 
 def _scores(layout, query: Tensor, key: Tensor, scale: float) -> Tensor:
     """scale * q k^T in float32 or better, (B, H, tiles, rows, keys)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    q, k = layout.spread(query.to(wide) * scale), layout.select(key.to(wide))
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    q, k = (
+        layout.spread(query.to(accumulate) * scale),
+        layout.select(key.to(accumulate)),
+    )
     return q @ k.mT + layout.bias
 
 
@@ -167,7 +170,7 @@ class _Masked:
         (B, H, L), G = group.shape, index.shape[2]
         bias = torch.full((B, H, G, L), -torch.inf, device=group.device)
         bias = bias.scatter(-1, index, 0.0)
-        self.bias = bias.gather(2, _wide(group, L)).unsqueeze(2)  # (B, H, 1, L, L)
+        self.bias = bias.gather(2, _expand(group, L)).unsqueeze(2)  # (B, H, 1, L, L)
 
     def spread(self, x: Tensor) -> Tensor:
         return x.unsqueeze(2)
@@ -211,7 +214,7 @@ class _Tiled:
         """(B, H, L, D) -> (B, H, tiles, TILE, D), zeros where no query stands."""
         B, H, _, D = x.shape
         padded = x.new_zeros(B, H, self.num_tiles * TILE, D)
-        padded = padded.scatter(2, _wide(self.slot, D), x)
+        padded = padded.scatter(2, _expand(self.slot, D), x)
         return padded.unflatten(2, (self.num_tiles, TILE))
 
     def restore(self, x: Tensor) -> Tensor:
@@ -226,14 +229,14 @@ class _Tiled:
         """Adjoint of ``select``: (B, H, tiles, K, D) -> (B, H, L, D)."""
         B, H, _, _, D = x.shape
         total = x.new_zeros(B, H, self.num_tokens, D)
-        return total.scatter_add(2, _wide(self.token.flatten(2), D), x.flatten(2, 3))
+        return total.scatter_add(2, _expand(self.token.flatten(2), D), x.flatten(2, 3))
 
 
-def _wide(index: Tensor, width: int) -> Tensor:
+def _expand(index: Tensor, width: int) -> Tensor:
     """(B, H, N) -> (B, H, N, width), the form that gather and scatter ask for."""
     return index.unsqueeze(-1).expand(*index.shape, width)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, H, M, D), index (B, H, N) -> (B, H, N, D)."""
-    return x.gather(2, _wide(index, x.shape[-1]))
+    return x.gather(2, _expand(index, x.shape[-1]))

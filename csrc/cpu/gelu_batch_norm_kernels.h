@@ -1,11 +1,11 @@
-// Batch norm of GELU, with an optional sum before it, over rows of channels: what
-// stands between the convolutions of the feed-forward network, in as few passes over
-// memory as its statistics allow. To be included inside a target region (target.h).
+// Batch norm of GELU over rows of channels: what stands between the convolutions of
+// stem and feed-forward network, in as few passes over memory as its statistics allow.
+// To be included inside a target region (target.h).
 #pragma once
 
-namespace mmdgt {
+namespace mmdgt::cpu {
 
-// The normal distribution at x: GELU(x) = x cdf(x), its derivative is
+// The normal distribution at x: s = GELU(x) = x cdf(x), its derivative is
 // cdf(x) + x density(x).
 template <class V>
 struct Normal {
@@ -45,34 +45,29 @@ MMDGT_INLINE Normal<V> normal(typename V::Reg x) {
   }
 }
 
-// s = GELU(x) + residual.
 template <class V, class T>
-MMDGT_INLINE typename V::Reg activation(const GeluRows<T>& rows, int64_t place) {
-  const auto x = V::load(rows.x + place);
-  const auto gelu = x * normal<V>(x).cdf;
-  return rows.residual ? gelu + V::load(rows.residual + place) : gelu;
+MMDGT_INLINE typename V::Reg gelu(const T* from) {
+  const auto x = V::load(from);
+  return x * normal<V>(x).cdf;
 }
 
-// The mean of s over the rows, and the sum of squared deviations from it; s itself
-// into `sum`, unless null. The first row is taken from all before they are summed,
-// which keeps the digits of a large mean.
+// The mean of s over the rows, and the sum of squared deviations from it. The first row
+// is taken from all before they are summed, which keeps the digits of a large mean.
 template <class V, class T>
-void gelu_statistics(const GeluRows<T>& rows, T* sum, accumulate_t<T>* mean,
-                     accumulate_t<T>* deviation, Scratch& scratch) {
+void gelu_batch_norm_stats(const GeluRows<T>& rows, accumulate_t<T>* mean,
+                           accumulate_t<T>* deviation, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   const int64_t channels = rows.channels;
   scratch.start(sizeof(Scalar) * channels);
   Scalar* shift = scratch.take<Scalar>(channels);
   for (int64_t c = 0; c < channels; c += V::kWidth) {
-    V::store(shift + c, activation<V>(rows, c));
+    V::store(shift + c, gelu<V>(rows.x + c));
     V::store(mean + c, V::zero());
     V::store(deviation + c, V::zero());
   }
   for (int64_t row = 0; row < rows.count; ++row) {
     for (int64_t c = 0; c < channels; c += V::kWidth) {
-      const auto s = activation<V>(rows, row * channels + c);
-      if (sum) V::store(sum + row * channels + c, s);
-      const auto apart = s - V::load(shift + c);
+      const auto apart = gelu<V>(rows.x + row * channels + c) - V::load(shift + c);
       V::store(mean + c, V::load(mean + c) + apart);
       V::store(deviation + c, V::fmadd(apart, apart, V::load(deviation + c)));
     }
@@ -85,63 +80,55 @@ void gelu_statistics(const GeluRows<T>& rows, T* sum, accumulate_t<T>* mean,
   }
 }
 
-// out = scale * s + shift, channel by channel.
+// y = scale * s + shift, channel by channel.
 template <class V, class T>
-void gelu_norm(const GeluRows<T>& rows, const accumulate_t<T>* scale,
-               const accumulate_t<T>* shift, T* out) {
+void gelu_batch_norm_elemt(const GeluRows<T>& rows, const accumulate_t<T>* scale,
+                           const accumulate_t<T>* shift, T* y) {
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
-      const auto s = activation<V>(rows, first + c);
-      V::store(out + first + c, V::fmadd(s, V::load(scale + c), V::load(shift + c)));
+      const auto s = gelu<V>(rows.x + first + c);
+      V::store(y + first + c, V::fmadd(s, V::load(scale + c), V::load(shift + c)));
     }
   }
 }
 
-// Adds more, unless null, to the gradient. Then the sums over the rows of the
-// gradient, and of its product with s - mean.
+// The sums over the rows of dy, and of dy * (s - mean).
 template <class V, class T>
-void gelu_norm_sums(const GeluRows<T>& rows, T* grad, const T* more,
-                    const accumulate_t<T>* mean, accumulate_t<T>* sum,
-                    accumulate_t<T>* product) {
+void gelu_batch_norm_backward_reduce(const GeluRows<T>& rows, const T* dy,
+                                     const accumulate_t<T>* mean, accumulate_t<T>* sum_dy,
+                                     accumulate_t<T>* sum_dy_xmu) {
   for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
-    V::store(sum + c, V::zero());
-    V::store(product + c, V::zero());
+    V::store(sum_dy + c, V::zero());
+    V::store(sum_dy_xmu + c, V::zero());
   }
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
-      const auto s = activation<V>(rows, first + c) - V::load(mean + c);
-      auto g = V::load(grad + first + c);
-      if (more) {
-        g = g + V::load(more + first + c);
-        V::store(grad + first + c, g);
-      }
-      V::store(sum + c, V::load(sum + c) + g);
-      V::store(product + c, V::fmadd(g, s, V::load(product + c)));
+      const auto apart = gelu<V>(rows.x + first + c) - V::load(mean + c);
+      const auto g = V::load(dy + first + c);
+      V::store(sum_dy + c, V::load(sum_dy + c) + g);
+      V::store(sum_dy_xmu + c, V::fmadd(g, apart, V::load(sum_dy_xmu + c)));
     }
   }
 }
 
-// The gradient of s, scale * grad + slope * s + shift channel by channel, takes the
-// place of `sum`, which holds s; null if s is GELU(x). That of x takes grad's place.
+// dx = (scale * dy + slope * s + shift) * GELU'(x), channel by channel.
 template <class V, class T>
-void gelu_norm_backward(const GeluRows<T>& rows, const accumulate_t<T>* scale,
-                        const accumulate_t<T>* slope, const accumulate_t<T>* shift,
-                        T* grad, T* sum) {
+void gelu_batch_norm_backward_elemt(const GeluRows<T>& rows, const T* dy,
+                                    const accumulate_t<T>* scale,
+                                    const accumulate_t<T>* slope,
+                                    const accumulate_t<T>* shift, T* dx) {
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t first = row * rows.channels;
     for (int64_t c = 0; c < rows.channels; c += V::kWidth) {
-      const int64_t place = first + c;
-      const auto x = V::load(rows.x + place);
+      const auto x = V::load(rows.x + first + c);
       const auto at = normal<V>(x);
-      const auto s = sum ? V::load(sum + place) : x * at.cdf;
-      const auto rest = V::fmadd(s, V::load(slope + c), V::load(shift + c));
-      const auto grad_s = V::fmadd(V::load(grad + place), V::load(scale + c), rest);
-      if (sum) V::store(sum + place, grad_s);
-      V::store(grad + place, grad_s * V::fmadd(x, at.density, at.cdf));
+      const auto rest = V::fmadd(x * at.cdf, V::load(slope + c), V::load(shift + c));
+      const auto ds = V::fmadd(V::load(dy + first + c), V::load(scale + c), rest);
+      V::store(dx + first + c, ds * V::fmadd(x, at.density, at.cdf));
     }
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cpu
