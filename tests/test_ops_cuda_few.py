@@ -16,6 +16,11 @@ from test_ops_cuda import (
     ranked,
 )
 
+from mmdgt import DynamicGroupAttention
+from mmdgt.models import attention
+from mmdgt.ops import use_backend
+from mmdgt.ops.functional import choose_and_attend
+
 
 def masks_of(index, num_tokens):
     """Bits of the tokens in index (B, H, G, K), (B, H, G, num_tokens)."""
@@ -167,3 +172,80 @@ def test_nothing_to_do(shape):
     centroids = torch.zeros(2, 4, 32, device=DEVICE)
     out, *_, sums, counts = ops.choose_and_attend(q, q, q, centroids, 5, 1.0, True)
     assert out.shape == shape and not sums.any() and not counts.any()
+
+
+class InSteps(DynamicGroupAttention):
+    """The same, but a step is overridden."""
+
+    def choose(self, query, key):
+        return super().choose(query, key)
+
+
+class Spy:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return choose_and_attend(*args, **kwargs)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    monkeypatch.setattr(attention, 'choose_and_attend', Spy())
+    return attention.choose_and_attend
+
+
+@pytest.mark.parametrize('cosine', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+def test_the_layer_takes_it_unless_a_step_is_overridden(spy, training, cosine):
+    sizes = dict(dims=64, num_heads=2, num_groups=12, num_keys=30, cosine=cosine)
+    x = randn(2, 14, 14, 64, dtype=torch.bfloat16)
+    outcomes = []
+    for layer, calls in ((DynamicGroupAttention, 1), (InSteps, 1)):
+        torch.manual_seed(0)
+        layer = layer(**sizes).to(DEVICE, torch.bfloat16).train(training)
+        own = x.clone().requires_grad_()
+        out = layer(own)
+        out.square().sum().backward()
+        assert spy.calls == calls
+        grads = [p.grad for p in layer.parameters()]
+        outcomes.append((layer.group_sums, layer.group_counts, out, own.grad, *grads))
+    assert outcomes[0][1].any() == training
+    for ours, expected in zip(*outcomes):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_layer_does_without_where_the_kernel_does_not_serve(spy):
+    sizes = dict(num_heads=2, num_groups=12, num_keys=30)
+    layer = DynamicGroupAttention(64, **sizes).to(DEVICE)
+    wide = DynamicGroupAttention(128, **sizes).to(DEVICE, torch.bfloat16)
+    layer(randn(1, 196, 64))  # float32
+    wide(randn(1, 196, 128, dtype=torch.bfloat16))
+    layer.to(torch.bfloat16)
+    layer(randn(1, 257, 64, dtype=torch.bfloat16))
+    with use_backend('reference'):
+        layer(randn(1, 196, 64, dtype=torch.bfloat16))
+    assert spy.calls == 0
+    with torch.autocast(DEVICE, torch.bfloat16):
+        layer.float()(randn(1, 196, 64))
+    assert spy.calls == 1
+
+
+def test_is_what_compilers_expect():
+    q, k, v = (x.detach().requires_grad_() for x in projection(1, 2, 49, 32, HALVES[1]))
+    centroids = centroids_of(2, 5, 32)
+    args = (q, k, v, centroids, 9, 0.2, True)
+    torch.library.opcheck(ops.choose_and_attend.default, args)
+    out, lse, group, masks, *_ = (x.detach() for x in ops.choose_and_attend(*args))
+    q, k, v = (x.detach() for x in (q, k, v))
+    args = (out, q, k, v, group, masks, out, lse, 0.2)
+    torch.library.opcheck(ops.choose_and_attend_backward.default, args)
+
+
+def test_the_layer_compiles_into_one_graph():
+    layer = DynamicGroupAttention(64, 2, num_groups=12, num_keys=30)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    x = randn(1, 196, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))

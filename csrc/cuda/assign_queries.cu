@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
   const int begin = blockIdx.x * chunk, end = min(begin + chunk, sizes.num_tokens);
   const T* head = query.head();
   const int tiles = (sizes.num_groups + 15) / 16;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
 
   RowFragment<T, D> tokens[N];
   const auto load = [&](int first) {

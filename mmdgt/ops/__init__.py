@@ -4,7 +4,6 @@ from .backend import use_backend
 from .functional import (
     assign_and_sum,
     assign_queries,
-    choose_and_attend,
     group_attention,
     select_keys,
 )
@@ -12,7 +11,6 @@ from .functional import (
 __all__ = [
     'assign_and_sum',
     'assign_queries',
-    'choose_and_attend',
     'group_attention',
     'select_keys',
     'use_backend',

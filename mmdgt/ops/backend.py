@@ -15,6 +15,7 @@ BACKENDS = ('auto', 'fused', 'reference')
 
 _limits, _problem = extension.load()
 _kernel_devices = extension.devices()
+_devices_for_few = extension.devices('choose_and_attend')
 
 
 class _Choice(threading.local):
@@ -100,15 +101,12 @@ def why_not_fused(tokens: Tensor, num_groups: int) -> str | None:
     return None
 
 
-def few_served(tokens: Tensor, num_groups: int) -> bool:
+def serves_few(tokens: Tensor, num_groups: int) -> bool:
     """Whether one kernel assigns, selects and attends for these (B, H, L, D) tokens."""
-    device = tokens.device.type.upper()
     return (
-        _choice.name != 'reference'
+        tokens.device.type in _devices_for_few
+        and _choice.name != 'reference'
         and not torch.onnx.is_in_onnx_export()
-        and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f'{library.NAMESPACE}::choose_and_attend', device
-        )
         and why_not_fused(tokens, num_groups) is None
         and tokens.element_size() == 2
         and tokens.shape[2] <= _limits['max_few_tokens']

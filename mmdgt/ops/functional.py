@@ -118,45 +118,29 @@ def choose_and_attend(
     value: Tensor,
     centroids: Tensor,
     num_keys: int,
-    scale: float | None = None,
-    with_sums: bool = False,
+    scale: float | None,
+    with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Assign, select and attend in one go: in one launch, where a GPU's kernel serves.
-
-    The result is that of :func:`assign_queries`, :func:`select_keys` and
-    :func:`group_attention` one after the other. One kernel does it for few tokens
-    of half precision (``_ext.limits``), where launches and choices in memory would
-    take most of the time; elsewhere the three are called.
+    """Assign, select and attend in one launch, where :func:`backend.serves_few`.
 
     Args:
-        query, key, value (Tensor): (B, H, L, D), one floating point type.
-        centroids (Tensor): (H, G, D), floating point.
-        num_keys (int): K, at least 1; clamped to L.
-        scale (float, optional): Factor of the scores. Defaults to ``D ** -0.5``.
+        query, key, value (Tensor): As for :func:`group_attention`.
+        centroids (Tensor): As for :func:`assign_queries`.
+        num_keys (int): As for :func:`select_keys`.
+        scale (float, optional): As for :func:`group_attention`.
         with_sums (bool): Whether to return the terms of eq. 3 too.
 
     Returns:
         tuple: ``out`` (B, H, L, D); ``sums`` (H, G, D) and ``counts`` (H, G) as from
         :func:`assign_and_sum`, empty unless asked for.
-
-    Raises:
-        ValueError, TypeError: If K < 1 or shapes, data types or devices do not fit.
     """
-    checks.check_tokens(query=query, key=key, value=value)
-    checks.check_centroids(centroids, query)
-    checks.check_num_keys(num_keys)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend.few_served(query, centroids.shape[1]):
-        rows = map(_row_major, (query, key, value))
-        centroids = centroids.detach().float().contiguous()
-        results = library.ops.choose_and_attend(
-            *rows, centroids, num_keys, scale, with_sums
-        )
-        return results[0], results[4], results[5]
-    group, sums, counts = _assign(query, centroids, with_sums)
-    index = select_keys(key, centroids, num_keys, sorted=False)
-    out = group_attention(query, key, value, group, index, scale, check_range=False)
-    return out, sums, counts
+    rows = map(_row_major, (query, key, value))
+    centroids = centroids.detach().float().contiguous()
+    out, _, _, _, *terms = library.ops.choose_and_attend(
+        *rows, centroids, num_keys, scale, with_sums
+    )
+    return out, *terms
 
 
 def _assign(query: Tensor, centroids: Tensor, with_sums: bool) -> Any:

@@ -63,34 +63,6 @@ def _group_attention_backward(*args):
     return tuple(map(_token_major, reference.group_attention_backward(*args)))
 
 
-def _choose_and_attend(query, key, value, centroids, num_keys, scale, with_sums):
-    group, sums, counts = reference.assign_queries(query, centroids, with_sums)
-    index = reference.select_keys(key, centroids, num_keys, False)
-    out, logsumexp = _group_attention(query, key, value, group, index, scale)
-    return out, logsumexp, group, _masks(index), sums, counts
-
-
-def _choose_and_attend_backward(grad_out, query, key, value, group, masks, *rest):
-    index = _index(masks, query.shape[2])
-    return _group_attention_backward(grad_out, query, key, value, group, index, *rest)
-
-
-def _masks(index: Tensor) -> Tensor:
-    """index (B, H, G, K) -> one bit per token, (B, H, G, MASK_WORDS) int32."""
-    bits = index.new_zeros(*index.shape[:3], 32 * MASK_WORDS, dtype=torch.int64)
-    bits = bits.scatter(-1, index.long(), 1).unflatten(-1, (MASK_WORDS, 32))
-    weights = torch.ones(32, dtype=torch.int64, device=index.device).cumsum(0) - 1
-    words = (bits << weights).sum(-1)
-    return torch.where(words < 2**31, words, words - 2**32).int()
-
-
-def _index(masks: Tensor, num_tokens: int) -> Tensor:
-    """The tokens of the masks, which have equally many each, (B, H, G, K) int32."""
-    places = torch.arange(32, device=masks.device)
-    bits = (masks.unsqueeze(-1) >> places & 1).flatten(-2)[..., :num_tokens]
-    return bits.nonzero()[:, -1].view(*masks.shape[:3], -1).int()
-
-
 def _fake_assign_queries(query, centroids, with_sums):
     group = query.new_empty(query.shape[:3], dtype=torch.int32)
     shape = centroids.shape if with_sums else (0,)
@@ -196,8 +168,6 @@ _KERNELS = {
     'select_keys': reference.select_keys,
     'group_attention': _group_attention,
     'group_attention_backward': _group_attention_backward,
-    'choose_and_attend': _choose_and_attend,
-    'choose_and_attend_backward': _choose_and_attend_backward,
 }
 _FAKES = {
     'assign_queries': _fake_assign_queries,
@@ -211,7 +181,8 @@ _FAKES = {
 _library = torch.library.Library(NAMESPACE, 'DEF')
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
+    if _name in _KERNELS:
+        _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{_name}', _FAKES[_name], lib=_library)
     register_flop_formula(getattr(ops, _name))(FLOP_FORMULAS[_name])
 torch.library.register_autograd(
