@@ -102,6 +102,10 @@ def compiled_operators() -> dict:
     if compiler_accepts('-fopenmp'):  # without it at::parallel_for is serial
         cxx += ['-fopenmp']
         link += ['-fopenmp']
+    emulate = os.getenv('MMDGT_EMULATE', '0') == '1'
+    if emulate:
+        # As nvcc has it, types alias and a * b + c is rounded once.
+        cxx += ['-fno-strict-aliasing', '-march=native', '-Wno-unknown-pragmas', '-O2']
     if sanitizers := os.getenv('MMDGT_SANITIZE'):
         sanitize = [f'-fsanitize={sanitizers}', '-fno-sanitize-recover=all']
         cxx += [*sanitize, '-O1', '-g', '-fno-omit-frame-pointer']
@@ -109,20 +113,17 @@ def compiled_operators() -> dict:
     sources = sorted(glob('csrc/*.cpp'))
     includes = [str(Path('csrc').resolve()), str(headers)]
     extension, flags = CppExtension, {'cxx': cxx}
-    if os.getenv('MMDGT_EMULATE', '0') == '1':
+    if emulate:
         sources += kernels_for_cpu()
         macros.append(('MMDGT_EMULATE', None))
-        # As nvcc has it, types alias and a * b + c is rounded once.
-        cxx += ['-march=native', '-fno-strict-aliasing', '-Wno-unknown-pragmas']
-        cxx += ['-O2']  # compiles faster
     else:
         sources += sorted(glob('csrc/cpu/*.cpp'))
-    if os.getenv('MMDGT_EMULATE', '0') != '1' and with_cuda():
-        extension = CUDAExtension
-        sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
-        includes.append(str(headers / 'cuda'))
-        macros.append(('MMDGT_WITH_CUDA', None))
-        flags['nvcc'] = ['-O3']
+        if with_cuda():
+            extension = CUDAExtension
+            sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
+            includes.append(str(headers / 'cuda'))
+            macros.append(('MMDGT_WITH_CUDA', None))
+            flags['nvcc'] = ['-O3']
     return {
         'ext_modules': [
             extension(

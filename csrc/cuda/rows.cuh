@@ -6,12 +6,26 @@
 
 #include "mma.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 // Grids are (blocks of a head, H, B): this is the block's head among all B * H.
 __device__ __forceinline__ int64_t own_head() {
   return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
+
+// The sizes of a head: L, G, K and D.
+struct Sizes {
+  int num_tokens, num_groups, num_keys, dim;
+
+  Sizes(int64_t num_tokens, int64_t num_groups, int64_t num_keys, int64_t dim = 0)
+      : num_tokens(static_cast<int>(num_tokens)),
+        num_groups(static_cast<int>(num_groups)),
+        num_keys(static_cast<int>(num_keys)),
+        dim(static_cast<int>(dim)) {}
+  // tokens (B,H,L,D)
+  Sizes(const at::Tensor& tokens, int64_t num_groups, int64_t num_keys)
+      : Sizes(tokens.size(2), num_groups, num_keys, tokens.size(3)) {}
+};
 
 // A (B,H,L,D) tensor of any strides but the last, which is 1.
 template <typename T>
@@ -44,6 +58,12 @@ inline at::Tensor aligned_rows(const at::Tensor& tokens) {
                        tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
                        tokens.stride(2) % step == 0 && tokens.stride(2) < 1 << 29;
   return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
+}
+
+// Kernels read two elements of a centroid at a time.
+inline at::Tensor aligned_centroids(const at::Tensor& centroids) {
+  const bool aligned = reinterpret_cast<uintptr_t>(centroids.data_ptr()) % 8 == 0;
+  return aligned ? centroids : centroids.clone();
 }
 
 // A row as operand of products over D. Of every 32 elements a thread holds the
@@ -182,13 +202,15 @@ struct RowGather {
   static constexpr int kCopies = (kRows + kStep - 1) / kStep;
 
   int token[kCopies];  // -1 for none
+  int last;            // no token may exceed it, lest it do harm
 
-  // tokens[0..count) of which none may exceed `last`, lest it do harm.
+  // tokens[0..count). Nothing is done with them yet, so that nothing waits for them.
   __device__ __forceinline__ void look_up(const int* tokens, int count, int last) {
+    this->last = last;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = threadIdx.x / kChunks + i * kStep;
-      token[i] = row < min(count, kRows) ? min(tokens[row], last) : -1;
+      token[i] = row < min(count, kRows) ? tokens[row] : -1;
     }
   }
 
@@ -203,7 +225,7 @@ struct RowGather {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if ((i + 1) * kStep > kRows && first + i * kStep >= kRows) break;
-      const uint32_t at = max(token[i], 0);
+      const uint32_t at = min(max(token[i], 0), last);
       // Rows a multiple of 8 apart share their permutation.
       const uint32_t target =
           kStep % 8 == 0
@@ -270,4 +292,4 @@ __device__ __forceinline__ void store_row(const float (&c)[D / 8][4], int half,
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backend, checks
+from . import backend, checks, library
 
 
 def assign_queries(query: Tensor, centroids: Tensor) -> Tensor:
@@ -110,6 +110,37 @@ def group_attention(
     with backend.without_autocast(query):
         rows = map(_row_major, (query, key, value))
         return run(*rows, group.int().contiguous(), index.int().contiguous(), scale)[0]
+
+
+def choose_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Tensor,
+    num_keys: int,
+    scale: float | None,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign, select and attend in one launch, where :func:`backend.serves_few`.
+
+    Args:
+        query, key, value (Tensor): As for :func:`group_attention`.
+        centroids (Tensor): As for :func:`assign_queries`.
+        num_keys (int): As for :func:`select_keys`.
+        scale (float, optional): As for :func:`group_attention`.
+        with_sums (bool): Whether to return the terms of eq. 3 too.
+
+    Returns:
+        tuple: ``out`` (B, H, L, D); ``sums`` (H, G, D) and ``counts`` (H, G) as from
+        :func:`assign_and_sum`, empty unless asked for.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows = map(_row_major, (query, key, value))
+    centroids = centroids.detach().float().contiguous()
+    out, _, _, _, *terms = library.ops.choose_and_attend(
+        *rows, centroids, num_keys, scale, with_sums
+    )
+    return out, *terms
 
 
 def _assign(query: Tensor, centroids: Tensor, with_sums: bool) -> Any:
