@@ -89,6 +89,13 @@ def _backward(ctx, grad_out, _):
     return *grads, None, None, None
 
 
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        'the kernels of DG-Attention have no second derivative; run the forward pass'
+        " within mmdgt.ops.use_backend('reference'), which autograd differentiates"
+    )
+
+
 # Multiplications and additions, as torch counts: two for each multiply-add of
 # eq. 6. Choosing costs 2 L G C in all, L G C for the queries and L G C for the
 # keys; attending costs 2 K L C.
@@ -137,4 +144,7 @@ torch.library.register_autograd(
     _backward,
     setup_context=_save_for_backward,
     lib=_library,
+)
+torch.library.register_autograd(
+    f'{NAMESPACE}::group_attention_backward', _no_second_derivative, lib=_library
 )
