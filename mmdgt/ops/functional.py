@@ -82,7 +82,7 @@ def group_attention(
 
     ``out[b, h, l] = softmax(scale * query[b, h, l] . key[b, h, i]) value[b, h, i]``
     over ``i in index[b, h, group[b, h, l]]``, computed in float32 or better.
-    Differentiable in query, key and value.
+    Differentiable in query, key and value, once by the kernels.
 
     Args:
         query, key, value (Tensor): (B, H, L, D), one floating point type, on one
@@ -105,11 +105,14 @@ def group_attention(
     checks.check_choice(group, index, query)
     if check_range:
         checks.check_range(group, index, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    checks.check_scale(scale)
     run = backend.function('group_attention', query, index.shape[2])
     with backend.without_autocast(query):
         rows = map(_row_major, (query, key, value))
-        return run(*rows, group.int().contiguous(), index.int().contiguous(), scale)[0]
+        choice = group.int().contiguous(), index.int().contiguous()
+        return run(*rows, *choice, float(scale))[0]
 
 
 def choose_and_attend(

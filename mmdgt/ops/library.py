@@ -122,6 +122,13 @@ def _backward(ctx, grad_out, _):
     return *grads, None, None, None
 
 
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        'the kernels of DG-Attention have no second derivative; run the forward pass'
+        " within mmdgt.ops.use_backend('reference'), which autograd differentiates"
+    )
+
+
 # Multiplications and additions, as torch counts: two for each multiply-add of
 # eq. 6. Choosing costs 2 L G C in all, L G C for the queries and L G C for the
 # keys; attending costs 2 K L C.
@@ -197,3 +204,7 @@ torch.library.register_autograd(
     setup_context=_save_choice_for_backward,
     lib=_library,
 )
+for _name in ('group_attention_backward', 'choose_and_attend_backward'):
+    torch.library.register_autograd(
+        f'{NAMESPACE}::{_name}', _no_second_derivative, lib=_library
+    )
