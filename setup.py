@@ -5,8 +5,8 @@ isolation: ``pip install --no-build-isolation .``. Where either is missing, or w
 compiler fails, the package installs without it and runs on its plain PyTorch operators;
 ``python -m mmdgt.doctor`` says what the compiler said.
 
-Environment: MMDGT_WITH_OPS=0 leaves the extension out, MMDGT_WITH_OPS=1 makes its failure
-that of the installation; FORCE_CUDA=1 compiles
+Environment: MMDGT_WITH_OPS=0 leaves the extension out, MMDGT_WITH_OPS=1 makes its
+failure that of the installation; FORCE_CUDA=1 compiles
 the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
 for any PyTorch extension; MMDGT_SANITIZE=address,undefined or =thread builds with
 these sanitizers and MMDGT_EMULATE=1 the CUDA kernels for the CPU in place of its own
