@@ -25,6 +25,9 @@ export GOMP_SPINCOUNT := 20000
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
+# A target that failed is made anew the next time, not taken for complete.
+.DELETE_ON_ERROR:
+
 .PHONY: train train-classification train-detection test test-core lint gpu-check \
   sanitize emulate emulate-build emulate-ordered emulate-shuffled clean
 
