@@ -29,6 +29,7 @@ NEED_OPENMMLAB = [
         'distributed',
         'doctor',
         'export',
+        'fine_tuning',
         'group_pictures',
         'hooks',
         'inference',

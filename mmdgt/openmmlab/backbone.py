@@ -1,5 +1,6 @@
 """DGT as OpenMMLab builds it: from config dicts."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,31 @@ class DGT(models.DGT, BaseModule):
             **kwargs,
         )
         self.init_cfg = strict_init(init_cfg)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Place of a parameter among the layers, for layer-wise learning rates.
+
+        As for Swin in mmpretrain: the stem is the first layer, every block is one, and
+        output norms and all outside of the backbone are the last. A patch merging
+        belongs to the block behind it.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What precedes the names of the backbone's.
+
+        Returns:
+            tuple[int, int]: Its layer, from 0, and the number of layers.
+        """
+        depths = [len(stage.blocks) for stage in self.stages]
+        num_layers = sum(depths) + 2
+        if param_name.startswith(f'{prefix}stem.'):
+            return 0, num_layers
+        pattern = re.escape(prefix) + r'stages\.(\d+)\.(?:blocks\.(\d+))?'
+        place = re.match(pattern, param_name)
+        if not place:
+            return num_layers - 1, num_layers
+        stage, block = (int(number or 0) for number in place.groups())
+        return sum(depths[:stage]) + block + 1, num_layers
 
 
 def _build_norm(norm_cfg: dict, dims: int) -> nn.Module:

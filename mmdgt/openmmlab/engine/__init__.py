@@ -8,7 +8,7 @@ from .hooks import (
     PlainCheckpointHook,
     group_usage,
 )
-from .optim import BFloat16OptimWrapper
+from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor
 
 register_flop_counters()
 
@@ -17,6 +17,7 @@ __all__ = [
     'CentroidHook',
     'GroupVisualizationHook',
     'LabelCheckHook',
+    'LayerDecayOptimWrapperConstructor',
     'PlainCheckpointHook',
     'group_usage',
 ]
