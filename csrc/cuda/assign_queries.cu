@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
 #pragma unroll
     for (int i = 0; i < nearest.kOwn; ++i) {
       const int token = first + nearest.own_token(i);
-      if (token < end) {
+      if (token < end && nearest.owns_tokens()) {
         group[token] = nan_group < sizes.num_groups ? nan_group : nearest.group[i];
       }
     }

@@ -89,12 +89,16 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
       float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const RowFragment<T, D> k = keys.load_row(first + 8 * n + lane / 4);
-        const RowFragment<T, D> v = values.load_row(first + 8 * n + lane / 4);
 #pragma unroll
-        for (int step = 0; step < D / 16; ++step) {
-          mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-          mma(dp[n], operand_a(d_out[0], d_out[1], step), v.operand_b(step));
+        for (int block = 0; block < D / 32; ++block) {
+          const auto k = keys.load_block(first + 8 * n + lane / 4, block);
+          const auto v = values.load_block(first + 8 * n + lane / 4, block);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int step = 2 * block + half;
+            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(half));
+            mma(dp[n], operand_a(d_out[0], d_out[1], step), v.operand_b(half));
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -242,17 +246,24 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int row = first + 8 * n;
-          const RowFragment<T, D> q = queries.load_row(row + lane / 4);
-          const RowFragment<T, D> g = grads.load_row(row + lane / 4);
           const float2 even = statistic[stage % 2][row + 2 * (lane % 4)];
           const float2 odd = statistic[stage % 2][row + 2 * (lane % 4) + 1];
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
+          for (int block = 0; block < D / 32; ++block) {
+            const auto q = queries.load_block(row + lane / 4, block);
+            const auto g = grads.load_block(row + lane / 4, block);
 #pragma unroll
-            for (int step = 0; step < D / 16; ++step) {
-              mma(p[m][n], operand_a(k[m][0], k[m][1], step), q.operand_b(step));
-              mma(ds[m][n], operand_a(v[m][0], v[m][1], step), g.operand_b(step));
+            for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int step = 2 * block + half;
+                mma(p[m][n], operand_a(k[m][0], k[m][1], step), q.operand_b(half));
+                mma(ds[m][n], operand_a(v[m][0], v[m][1], step), g.operand_b(half));
+              }
             }
+          }
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float2 own = i % 2 ? odd : even;

@@ -58,6 +58,13 @@ __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   return bits;
 }
 
+// x, of which the compiler does not know that a loop leaves it as it is: what is
+// computed from x is computed in every pass instead of kept in registers.
+__device__ __forceinline__ float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // The sign bit of byte kByte of x in all bits of the top byte; zeros below.
 template <int kByte>
 __device__ __forceinline__ uint32_t top_sign_byte(uint32_t x) {

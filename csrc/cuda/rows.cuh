@@ -120,7 +120,17 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
                                                   const RowFragment<T, D>& high,
                                                   int step) {
   const int block = step / 2, i = 2 * (step % 2);
-  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+  FragmentA<T> a{
+      {low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+  if constexpr (sizeof(T) == 4 && D > 32) {
+    // Kept through a loop, the two tf32 of every element would not fit in registers.
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a.x[j].x = ptx::opaque(a.x[j].x);
+      a.x[j].y = ptx::opaque(a.x[j].y);
+    }
+  }
+  return a;
 }
 
 // Rows in shared memory, their 16 byte chunks permuted such that neither reading
@@ -149,17 +159,16 @@ struct SharedRows {
   }
 
   __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
-    constexpr int kVectors = sizeof(Pair<T>) / 4;
-    const int q = threadIdx.x % 4;
     RowFragment<T, D> fragment;
 #pragma unroll
-    for (int block = 0; block < D / 32; ++block) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        *(reinterpret_cast<uint4*>(fragment.x[block]) + v) =
-            ptx::load_shared_16_bytes(address(row, (4 * block + q) * kVectors + v));
-      }
-    }
+    for (int block = 0; block < D / 32; ++block)
+      load_block(row, block, fragment.x[block]);
+    return fragment;
+  }
+  // 32 of the elements, for rows that need not be in registers as a whole.
+  __device__ __forceinline__ RowFragment<T, 32> load_block(int row, int block) const {
+    RowFragment<T, 32> fragment;
+    load_block(row, block, fragment.x[0]);
     return fragment;
   }
 
@@ -187,6 +196,14 @@ struct SharedRows {
   }
 
  private:
+  __device__ __forceinline__ void load_block(int row, int block, Pair<T> (&x)[4]) const {
+    constexpr int kVectors = sizeof(Pair<T>) / 4;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      *(reinterpret_cast<uint4*>(x) + v) = ptx::load_shared_16_bytes(
+          address(row, (4 * block + threadIdx.x % 4) * kVectors + v));
+    }
+  }
   __device__ __forceinline__ float element(int row, int column) const {
     return ptx::load_shared(address(row, column / 4) + column % 4 * 4);
   }

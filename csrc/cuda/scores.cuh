@@ -170,6 +170,12 @@ struct NearestGroups {
     reduce_columns<8, (2 * N > 2 ? N : 1)>(best, group, column);
     reduce_columns<4, (2 * N > 4 ? N / 2 : 1)>(best, group, column);
   }
+  // Whether this lane is the first that has its tokens: there may be fewer columns than
+  // lanes.
+  __device__ __forceinline__ bool owns_tokens() const {
+    constexpr int kShared = N >= 4 ? 0 : N == 2 ? 4 : 12;
+    return (threadIdx.x & kShared) == 0;
+  }
   __device__ __forceinline__ int own_token(int i) const {
     const int c = column + i;
     return 8 * (c / 2) + 2 * (threadIdx.x % 4) + c % 2;
