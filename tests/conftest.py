@@ -36,6 +36,7 @@ NEED_OPENMMLAB = [
         'openmmlab',
         'precision',
         'pretrained',
+        'resume',
         'tools',
     )
 ]
