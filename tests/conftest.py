@@ -37,6 +37,7 @@ NEED_OPENMMLAB = [
         'openmmlab',
         'precision',
         'pretrained',
+        'resume',
         'tools',
     )
 ]

@@ -1,5 +1,6 @@
 """What training adds to mmengine."""
 
+from .checkpointing import AtomicCheckpointHook, Interrupted
 from .flops import register_flop_counters
 from .hooks import (
     CentroidHook,
@@ -13,9 +14,11 @@ from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor
 register_flop_counters()
 
 __all__ = [
+    'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'CentroidHook',
     'GroupVisualizationHook',
+    'Interrupted',
     'LabelCheckHook',
     'LayerDecayOptimWrapperConstructor',
     'PlainCheckpointHook',
