@@ -107,7 +107,8 @@ def group_attention(
         checks.check_range(group, index, query)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    checks.check_scale(scale)
+    else:
+        checks.check_scale(scale)
     run = backend.function('group_attention', query, index.shape[2])
     with backend.without_autocast(query):
         rows = map(_row_major, (query, key, value))
