@@ -6,9 +6,11 @@ from .hooks import (
     CentroidHook,
     GroupVisualizationHook,
     LabelCheckHook,
+    LossCheckHook,
     PlainCheckpointHook,
     group_usage,
 )
+from .label_maps import CheckLabelMap
 from .optim import BFloat16OptimWrapper
 
 register_flop_counters()
@@ -17,9 +19,11 @@ __all__ = [
     'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'CentroidHook',
+    'CheckLabelMap',
     'GroupVisualizationHook',
     'Interrupted',
     'LabelCheckHook',
+    'LossCheckHook',
     'PlainCheckpointHook',
     'group_usage',
 ]
