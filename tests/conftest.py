@@ -19,6 +19,7 @@ NEED_OPENMMLAB = [
     f'test_{room}.py'
     for room in (
         'ablate',
+        'bad_data',
         'checkpoints',
         'compare_backbones',
         'configs',

@@ -140,7 +140,8 @@ def test_what_users_rely_on(name):
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert 'mmdgt' in cfg.custom_imports.imports
     hooks = [hook.type for hook in cfg.custom_hooks]
-    expected = ['CentroidHook', 'PlainCheckpointHook', 'LabelCheckHook']
+    expected = ['CentroidHook', 'PlainCheckpointHook']
+    expected += ['LabelCheckHook', 'LossCheckHook']
     assert hooks == expected + ['NumClassCheckHook'] * (cfg.default_scope == 'mmdet')
     assert 'tta_model' in cfg
 

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -166,6 +167,21 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
     name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
     assert not list(tmp_path.glob('interim_*'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, None])
+def test_the_process_ends_with_its_workers(tmp_path, number):
+    """After a signal with status 0, after an error with another; it never hangs."""
+    hook = f'test_resume.InterruptAt(2, {number and int(number)})'
+    make = f'test_resume.make({str(tmp_path)!r}, hooks=[{hook}], workers=2)'
+    paths = [str(REPOSITORY / 'tests'), *sys.path]
+    ended = subprocess.run(
+        [sys.executable, '-c', f'import test_resume; {make}.train()'],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
+        timeout=300,
+        capture_output=True,
+    )
+    assert ended.returncode == (0 if number else 1)
 
 
 @pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])

@@ -6,9 +6,11 @@ from .hooks import (
     CentroidHook,
     GroupVisualizationHook,
     LabelCheckHook,
+    LossCheckHook,
     PlainCheckpointHook,
     group_usage,
 )
+from .label_maps import CheckLabelMap
 from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor
 
 register_flop_counters()
@@ -17,10 +19,12 @@ __all__ = [
     'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'CentroidHook',
+    'CheckLabelMap',
     'GroupVisualizationHook',
     'Interrupted',
     'LabelCheckHook',
     'LayerDecayOptimWrapperConstructor',
+    'LossCheckHook',
     'PlainCheckpointHook',
     'group_usage',
 ]

@@ -5,7 +5,10 @@ that loads it or on what was loaded before, so that loading can start anywhere. 
 random in the main process goes on from its stored state.
 """
 
+import atexit
 import itertools
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -153,16 +156,19 @@ def steady(loader: DataLoader) -> DataLoader:
     """Keep a loader from what befalls the main process, and the other way round.
 
     A pass would draw a seed from torch's generator. Workers get the signals that
-    people and slurm send to all processes; without them, training could not end.
+    people and slurm send to all processes; if they ended, the iteration could not. They
+    obey the SIGTERM of a main process that ends, or it would wait for them forever.
     """
+    leaving = multiprocessing.RawValue('b', 0)
+    atexit.register(setattr, leaving, 'value', 1)
     loader.generator = torch.Generator()
-    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn, leaving)
     return loader
 
 
-def _start_worker(then: Any, worker: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(then: Any, leaving: Any, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     if then is not None:
         then(worker)
 
