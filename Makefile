@@ -75,8 +75,9 @@ lint: $(VENV)/others
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
 
-# Build, tests, sanitizer and benchmark of the CUDA kernels on this machine's GPU.
-gpu-check: $(VENV)/others
+# Times of the CUDA kernels on this machine's GPU beside those of the revision BASE, their
+# tests there, sanitizers, whole networks. REHEARSE=1: the same, emulated, without a GPU.
+gpu-check: $(VENV)/others $(if $(REHEARSE),emulate-build)
 	PYTHON="$(CURDIR)/$(RUN)" tools/gpu_check.sh
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -73,7 +73,7 @@ def times_of_kernels(call, device):
         spent = getattr(
             event, f'self_{"device" if device == "cuda" else "cpu"}_time_total'
         )
-        name = event.key.removeprefix('void ').split('(anonymous namespace)::')[-1]
+        name = event.key.removeprefix('void ').split('(anonymous namespace)::', 1)[-1]
         name = name.split('<')[0].split('(')[0]
         if spent > 0:
             times[name] = round(times.get(name, 0) + spent / calls, 2)

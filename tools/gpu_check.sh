@@ -6,8 +6,8 @@
 #   BASE=main tools/gpu_check.sh [FOLDER OF THE RESULTS]
 #
 # BASE is a git revision, or a folder that holds a checkout: its kernels are timed
-# beside those of the working tree. REHEARSE=1 does the same where there is no GPU: the
-# kernels are emulated (docs/cuda.md) and the inputs small.
+# beside those of the working tree. REHEARSE=1 does the same where there is no GPU: both
+# take the kernels that `make emulate-build` has made (docs/cuda.md), inputs are small.
 # Needs torch, nvcc and mmcv's headers; takes ncu, compute-sanitizer and timm where they
 # are.
 set -eu
@@ -27,7 +27,7 @@ few='(test_attention_and_gradients and dtype1 and 2-2-196)'
 every_kernel="$attention or $selection or $assignment or $few"
 
 if [ "${REHEARSE:-0}" = 1 ]; then
-  export MMDGT_EMULATE=1 MMDGT_EMULATED="$out/candidate" OMP_NUM_THREADS=1
+  export MMDGT_EMULATED="$out/candidate" OMP_NUM_THREADS=1
   of_kernels='--device cpu --batch 1 --rounds 2 --budget 0 --sets A3'
   of_networks='--device cpu --sizes 64x64 --batches 1 --rounds 2'
   modes_of_networks='eager'
@@ -66,8 +66,12 @@ step() {
 }
 
 build() {
-  cd "$out/$1"
-  exec "$python" setup.py -q build_ext --inplace
+  if [ "${REHEARSE:-0}" = 1 ]; then
+    cp build/emulated/mmdgt/_ext*.so "$out/$1/mmdgt"
+  else
+    cd "$out/$1"
+    exec "$python" setup.py -q build_ext --inplace
+  fi
 }
 
 build_both() {
