@@ -206,11 +206,7 @@ def _understand(weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor
             prefix = key.removesuffix(mark)
             if prefix == key or (prefix and prefix[-1] != '.'):
                 continue
-            plain = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in weights.items()
-                if key.startswith(prefix)
-            }
+            plain = {key.removeprefix(prefix): x for key, x in weights.items()}
             return layout, _merging_first(plain)
     raise ValueError(
         "these are not the weights of a Swin Transformer V2 in timm's, Microsoft's or"
@@ -262,7 +258,13 @@ def read_weights(file: str) -> dict[str, Tensor]:
             f'{file} is damaged, no checkpoint or holds more than plain data: {cause}'
         ) from error
     for wrapper in ('state_dict', 'model'):
-        weights = weights.get(wrapper, weights)
+        if isinstance(weights, dict):
+            weights = weights.get(wrapper, weights)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(
+            f'{file} is no checkpoint: expected tensors by their names, bare or under'
+            " 'state_dict' or 'model'"
+        )
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f'{file}: {name} holds a NaN or an infinity')

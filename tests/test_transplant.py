@@ -175,11 +175,13 @@ def test_microsofts_layout_and_prefixes(dgt):
         weights[key.replace('downsample_', 'downsample')] = tensor
     weights['layers.0.blocks.0.attn.relative_position_index'] = torch.arange(4)
     prefixed = {f'module.encoder.{key}': x for key, x in weights.items()}
+    prefixed['module.decoder.weight'] = torch.ones(1)
     report = transplant.transplant(dgt, prefixed, strict=True)
     reduction = swin.layers[3].downsample.reduction.weight
     kernel = dgt.stages[3].merge[0].weight
     assert torch.equal(kernel[:, :, 1, 1], reduction[:, : kernel.shape[1]])
     assert 'layers.0.blocks.0.attn.relative_position_index' in report.skipped
+    assert 'module.decoder.weight' in report.skipped
 
 
 @pytest.mark.parametrize(('size', 'share'), [('small', 0.987), ('base', 0.989)])
@@ -295,6 +297,9 @@ def test_nothing_is_written_if_something_is_wrong(command, tmp_path, monkeypatch
         command(source, out)
     with pytest.raises(SystemExit, match='nowhere'):
         command(tmp_path / 'nowhere.pth', out)
+    torch.save([1.0], source)
+    with pytest.raises(SystemExit, match='expected tensors by their names'):
+        command(source, out)
     torch.save(weights | {'norm.bias': torch.tensor([torch.nan])}, source)
     with pytest.raises(SystemExit, match=r'norm\.bias holds a NaN'):
         command(source, out)
