@@ -1,6 +1,7 @@
 """The page in the browser: what it refuses, computes and serves."""
 
 import importlib
+import re
 import shutil
 import socket
 import urllib.request
@@ -45,6 +46,42 @@ def test_what_is_refused(demo_page, tmp_path):
         demo_page.read_upload(str(tmp_path / 'large.png'))
     cv2.imwrite(str(tmp_path / 'fits.png'), blank[1:])
     assert demo_page.read_upload(str(tmp_path / 'fits.png')).shape == (2048, 2048, 3)
+
+
+def test_errors_name_no_folder(demo_page, tmp_path):
+    content = cv2.imencode('.png', np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+    (tmp_path / 'torn.png').write_bytes(content[:60])
+    with pytest.raises(ValueError, match=r'^torn\.png is damaged') as raised:
+        demo_page.read_upload(str(tmp_path / 'torn.png'))
+    assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ((), r'0\.0\.0\.0 is reached from other machines.*--auth.*--no-auth'),
+        (('--auth',), 'needs MMDGT_PAGE_AUTH=USER:PASSWORD'),
+        (('--auth', '--no-auth'), 'not allowed with argument --auth'),
+    ],
+)
+def test_a_public_page_needs_a_decision(
+    tiny_models, call_tool, capsys, options, message
+):
+    with pytest.raises(SystemExit):
+        call_tool('demo_page', *tiny_models['mmseg'], '--host', '0.0.0.0', *options)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_page_with_a_password(tiny_models, call_tool, monkeypatch):
+    gradio = pytest.importorskip('gradio')
+    given = {}
+    monkeypatch.setattr(
+        gradio.Blocks, 'launch', lambda self, **settings: given.update(settings)
+    )
+    monkeypatch.setenv('MMDGT_PAGE_AUTH', 'me:se:cret')
+    public = ('--host', '0.0.0.0', '--auth')
+    call_tool('demo_page', *tiny_models['mmseg'], *public)
+    assert given['auth'] == ('me', 'se:cret')
 
 
 def test_a_click_shows_the_group_of_the_pixel(page, demo_page, scene, monkeypatch):

@@ -22,6 +22,7 @@ from mmdgt.visualization import find_groups
 # Silent unless the user has set it: Gradio reports to its makers by default.
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
 MAX_BYTES = 20 * 2**20
+MAX_WAITING = 20  # visitors; more are asked to come back later
 MAX_PIXELS = 4 * 2**20
 
 
@@ -44,7 +45,11 @@ def read_upload(file: str) -> np.ndarray:
             f'Expected a picture of at most {MAX_PIXELS / 1e6:.1f} million pixels, got'
             f' {width}x{height}. Make it smaller.'
         )
-    return read_image(file)
+    try:
+        return read_image(file)
+    except ValueError as error:  # names the folder, which is nobody's business
+        text = str(error).replace(file, os.path.basename(file))
+        raise ValueError(text) from error
 
 
 class Page:
@@ -110,8 +115,26 @@ def main() -> None:
         '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all'
     )
     parser.add_argument('--port', type=int, default=7860)
+    access = parser.add_mutually_exclusive_group()
+    access.add_argument(
+        '--auth',
+        action='store_true',
+        help='ask visitors for the USER:PASSWORD of the variable MMDGT_PAGE_AUTH',
+    )
+    access.add_argument(
+        '--no-auth', action='store_true', help='let anybody in who reaches the host'
+    )
     add_allow_partial(parser)
     args = parser.parse_args()
+    local = args.host in ('127.0.0.1', '::1', 'localhost')
+    if not (local or args.auth or args.no_auth):
+        parser.error(
+            f'{args.host} is reached from other machines: ask visitors for a password'
+            f' with --auth, or let anybody in with --no-auth'
+        )
+    user, _, password = os.environ.get('MMDGT_PAGE_AUTH', '').partition(':')
+    if args.auth and not (user and password):
+        parser.error('--auth needs MMDGT_PAGE_AUTH=USER:PASSWORD in the environment')
     cfg = Config.fromfile(args.config)
     if not FRAMEWORKS[cfg.default_scope].localizes:
         parser.error(
@@ -124,7 +147,8 @@ def main() -> None:
         )
     except ModuleNotFoundError as error:
         parser.error(f'{error}; the page needs Gradio: pip install ".[demo]"')
-    application.launch(
+    application.queue(max_size=MAX_WAITING).launch(
+        auth=(user, password) if args.auth else None,
         server_name=args.host,
         server_port=args.port,
         max_file_size=MAX_BYTES,
