@@ -142,6 +142,8 @@ def smaller(model):
         return {'bbox_head.feat_channels': 16}, model.bbox_head.num_classes
     settings = {'rpn_head.feat_channels': 16}
     if model.type == 'CascadeRCNN':
+        settings['train_cfg.rpn_proposal.max_per_img'] = 20
+        settings['test_cfg.rpn.max_per_img'] = 20
         for i in range(3):
             settings[f'roi_head.bbox_head.{i}.conv_out_channels'] = 16
             settings[f'roi_head.bbox_head.{i}.fc_out_channels'] = 16
