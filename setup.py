@@ -1,25 +1,31 @@
 """Builds mmdgt._ext, the compiled operators (the metadata is in pyproject.toml).
 
 The extension needs torch and the C++ headers that mmcv ships, so build without
-isolation: ``pip install --no-build-isolation .``. Where either is missing the
-package installs without it and runs on its plain PyTorch operators.
+isolation: ``pip install --no-build-isolation .``. Where either is missing, or where the
+compiler fails, the package installs without it and runs on its plain PyTorch operators;
+``python -m mmdgt.doctor`` says what the compiler said.
 
-Environment: MMDGT_WITH_OPS=0 leaves the extension out; FORCE_CUDA=1 compiles
+Environment: MMDGT_WITH_OPS=0 leaves the extension out, MMDGT_WITH_OPS=1 makes its
+failure that of the installation; FORCE_CUDA=1 compiles
 the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
 for any PyTorch extension; MMDGT_SANITIZE=address,undefined or =thread builds with
 these sanitizers and MMDGT_EMULATE=1 the CUDA kernels for the CPU in place of its own
 (docs/cuda.md): see the Makefile for how to test either.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+
+FAILURE = '_ext_failure.txt'  # in the package; the doctor reads it
 
 
 def skip(reason: str) -> dict:
@@ -83,6 +89,51 @@ def kernels_for_cpu() -> list[str]:
     return sources
 
 
+@contextlib.contextmanager
+def copied_to(log: Path) -> Iterator[None]:
+    """Write to a file as well what this process and its children print."""
+    with subprocess.Popen(['tee', str(log)], stdin=subprocess.PIPE) as tee:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        before = os.dup(1), os.dup(2)
+        os.dup2(tee.stdin.fileno(), 1)
+        os.dup2(tee.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for standard, copy in zip((1, 2), before, strict=True):
+                os.dup2(copy, standard)
+                os.close(copy)
+            tee.stdin.close()
+
+
+def tolerant(build_extension: type) -> type:
+    """A build_ext that writes down why it failed, in the package, and goes on."""
+
+    class TolerantBuild(build_extension):
+        def build_extensions(self) -> None:
+            package = Path('.' if self.inplace else self.build_lib, 'mmdgt')
+            package.mkdir(parents=True, exist_ok=True)
+            failure = package / FAILURE
+            failure.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                log = Path(folder, 'log.txt')
+                try:
+                    with copied_to(log):
+                        super().build_extensions()
+                except Exception as error:
+                    if os.getenv('MMDGT_WITH_OPS') == '1':
+                        raise
+                    said = log.read_text(errors='replace').splitlines()
+                    lines = [x for x in said if 'error' in x.lower()] or said
+                    failure.write_text('\n'.join([*lines[-20:], str(error), '']))
+                    skip(f'building them failed ({error})')
+
+    return TolerantBuild
+
+
 def compiled_operators() -> dict:
     """The extension as setup() takes it, nothing where it cannot be built."""
     if os.getenv('MMDGT_WITH_OPS', '1') == '0':
@@ -102,6 +153,10 @@ def compiled_operators() -> dict:
     if compiler_accepts('-fopenmp'):  # without it at::parallel_for is serial
         cxx += ['-fopenmp']
         link += ['-fopenmp']
+    emulate = os.getenv('MMDGT_EMULATE', '0') == '1'
+    if emulate:
+        # As nvcc has it, types alias and a * b + c is rounded once.
+        cxx += ['-fno-strict-aliasing', '-march=native', '-Wno-unknown-pragmas', '-O2']
     if sanitizers := os.getenv('MMDGT_SANITIZE'):
         sanitize = [f'-fsanitize={sanitizers}', '-fno-sanitize-recover=all']
         cxx += [*sanitize, '-O1', '-g', '-fno-omit-frame-pointer']
@@ -109,20 +164,17 @@ def compiled_operators() -> dict:
     sources = sorted(glob('csrc/*.cpp'))
     includes = [str(Path('csrc').resolve()), str(headers)]
     extension, flags = CppExtension, {'cxx': cxx}
-    if os.getenv('MMDGT_EMULATE', '0') == '1':
+    if emulate:
         sources += kernels_for_cpu()
         macros.append(('MMDGT_EMULATE', None))
-        # As nvcc has it, types alias and a * b + c is rounded once.
-        cxx += ['-march=native', '-fno-strict-aliasing', '-Wno-unknown-pragmas']
-        cxx += ['-O2']  # compiles faster
     else:
         sources += sorted(glob('csrc/cpu/*.cpp'))
-    if os.getenv('MMDGT_EMULATE', '0') != '1' and with_cuda():
-        extension = CUDAExtension
-        sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
-        includes.append(str(headers / 'cuda'))
-        macros.append(('MMDGT_WITH_CUDA', None))
-        flags['nvcc'] = ['-O3']
+        if with_cuda():
+            extension = CUDAExtension
+            sources += sorted(glob('csrc/cuda/*.cu') + glob('csrc/cuda/*.cpp'))
+            includes.append(str(headers / 'cuda'))
+            macros.append(('MMDGT_WITH_CUDA', None))
+            flags['nvcc'] = ['-O3']
     return {
         'ext_modules': [
             extension(
@@ -132,9 +184,10 @@ def compiled_operators() -> dict:
                 define_macros=macros,
                 extra_compile_args=flags,
                 extra_link_args=link,
+                optional=True,
             )
         ],
-        'cmdclass': {'build_ext': BuildExtension},
+        'cmdclass': {'build_ext': tolerant(BuildExtension)},
     }
 
 

@@ -23,6 +23,7 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='CheckLabelMap'),
     dict(
         type='RandomResize', scale=(128, 128), ratio_range=(0.75, 1.2), keep_ratio=True
     ),
@@ -33,6 +34,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='CheckLabelMap'),
     dict(type='PackSegInputs'),
 ]
 dataset = dict(

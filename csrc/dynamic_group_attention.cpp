@@ -41,6 +41,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_impl(
                               group, index, out, logsumexp, scale);
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+choose_and_attend_impl(const at::Tensor& query, const at::Tensor& key,
+                       const at::Tensor& value, const at::Tensor& centroids,
+                       int64_t num_keys, double scale, bool with_sums) {
+  return DISPATCH_DEVICE_IMPL(choose_and_attend_impl, query, key, value, centroids,
+                              num_keys, scale, with_sums);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward_impl(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& masks,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
+  return DISPATCH_DEVICE_IMPL(choose_and_attend_backward_impl, grad_out, query, key,
+                              value, group, masks, out, logsumexp, scale);
+}
+
 namespace {
 
 void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& first) {
@@ -177,6 +193,46 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward(
                                        logsumexp, scale);
 }
 
+void check_few(const at::Tensor& query) {
+  TORCH_CHECK(query.size(2) <= kMaxFewTokens && query.size(3) <= kMaxFewHeadDim &&
+                  query.element_size() == 2,
+              "choose_and_attend takes float16 or bfloat16, up to ", kMaxFewTokens,
+              " tokens and head dims up to ", kMaxFewHeadDim, ", got ", query.sizes(),
+              " of ", dtype_name(query.scalar_type()),
+              "; call assign_queries, select_keys and group_attention");
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+choose_and_attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const at::Tensor& centroids, int64_t num_keys, double scale,
+                  bool with_sums) {
+  check_tokens(query, "query");
+  check_same(key, "key", query);
+  check_same(value, "value", query);
+  check_centroids(centroids, query);
+  check_few(query);
+  TORCH_CHECK(num_keys >= 1, "num_keys must be at least 1, got ", num_keys);
+  return choose_and_attend_impl(query, key, value, centroids,
+                                std::min(num_keys, query.size(2)), scale, with_sums);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& masks,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
+  check_tokens(query, "query");
+  check_few(query);
+  const auto grad =
+      grad_out.dim() == 4 && grad_out.stride(3) != 1 ? grad_out.contiguous() : grad_out;
+  return choose_and_attend_backward_impl(grad, query, key, value, group, masks, out,
+                                         logsumexp, scale);
+}
+
+void add_kernels_for_few(torch::Library& library) {
+  library.impl("choose_and_attend", choose_and_attend);
+  library.impl("choose_and_attend_backward", choose_and_attend_backward);
+}
+
 void add_kernels(torch::Library& library) {
   library.impl("assign_queries", assign_queries);
   library.impl("select_keys", select_keys);
@@ -186,10 +242,12 @@ void add_kernels(torch::Library& library) {
 
 pybind11::dict limits() {
   using namespace pybind11::literals;
-  return pybind11::dict("max_groups"_a = kMaxGroups, "max_head_dim"_a = kMaxHeadDim,
-                        "head_dim_step"_a = kHeadDimStep, "channel_step"_a = kChannelStep,
-                        "dtypes"_a = pybind11::dict("cpu"_a = dtype_names(at::kCPU),
-                                                    "cuda"_a = dtype_names(at::kCUDA)));
+  return pybind11::dict(
+      "max_groups"_a = kMaxGroups, "max_head_dim"_a = kMaxHeadDim,
+      "head_dim_step"_a = kHeadDimStep, "max_few_tokens"_a = kMaxFewTokens,
+      "max_few_head_dim"_a = kMaxFewHeadDim, "channel_step"_a = kChannelStep,
+      "dtypes"_a = pybind11::dict("cpu"_a = dtype_names(at::kCPU),
+                                  "cuda"_a = dtype_names(at::kCUDA)));
 }
 
 }  // namespace
@@ -197,7 +255,14 @@ pybind11::dict limits() {
 TORCH_LIBRARY_IMPL(mmdgt, CPU, library) { add_kernels(library); }
 
 #ifdef MMDGT_WITH_CUDA
-TORCH_LIBRARY_IMPL(mmdgt, CUDA, library) { add_kernels(library); }
+TORCH_LIBRARY_IMPL(mmdgt, CUDA, library) {
+  add_kernels(library);
+  add_kernels_for_few(library);
+}
+#endif
+
+#ifdef MMDGT_EMULATE
+TORCH_LIBRARY_IMPL(mmdgt, CPU, library) { add_kernels_for_few(library); }
 #endif
 
 }  // namespace mmdgt

@@ -37,6 +37,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_impl(
     const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
     const at::Tensor& out, const at::Tensor& logsumexp, double scale);
 
+// For up to kMaxFewTokens tokens, on a GPU: assigns, selects and attends in one go.
+// query, key, value (B,H,L,D), centroids (H,G,D) float32 -> out and logsumexp as from
+// group_attention; group, sums, counts as from assign_queries; masks
+// (B,H,G,kMaxFewTokens / 32) int32, bit t % 32 of word t / 32 for key t of a group.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+choose_and_attend_impl(const at::Tensor& query, const at::Tensor& key,
+                       const at::Tensor& value, const at::Tensor& centroids,
+                       int64_t num_keys, double scale, bool with_sums);
+
+// As group_attention_backward, from the masks.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward_impl(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& masks,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale);
+
 // A new (B,H,L,D) tensor with memory order (B,L,H,D), so that merging the heads
 // into (B,L,C) costs nothing.
 inline at::Tensor empty_heads_last(const at::Tensor& like) {

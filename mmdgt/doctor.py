@@ -39,6 +39,8 @@ INSTALL = (
     ' "pip install --no-build-isolation onedl-mmcv", then what mmdgt is to serve: "pip'
     ' install onedl-mmsegmentation", onedl-mmdetection or onedl-mmpretrain'
 )
+FAILURE = Path(__file__).parent / '_ext_failure.txt'  # which setup.py writes
+FAILURE_LINES = 8  # that are shown
 # What an import error says, and what fixes it.
 IMPORT_FIXES = {
     'pkg_resources': 'run: pip install "setuptools<81"',
@@ -180,6 +182,9 @@ def check_extension() -> Iterator[Finding]:
         yield from check_toolkit()
     elif gpu and not problem:
         problem = kernel_error()
+    if problem and FAILURE.is_file():
+        lines = FAILURE.read_text().splitlines()[-FAILURE_LINES:]
+        problem = '\n    '.join([f'{problem}; its build failed:', *lines])
     if problem:
         arch = '{}.{}'.format(*torch.cuda.get_device_capability()) if gpu else None
         environment = f' and TORCH_CUDA_ARCH_LIST={arch} in the environment'

@@ -18,7 +18,6 @@ and the centroids stay as they are. Needs torch alone::
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import whole_file
 from .models import DGT
 
 NAMED = 3  # names that a message gives
@@ -271,16 +271,6 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return weights
 
 
-def save_whole(checkpoint: dict, file: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    part = file.with_name(f'{file.name}.{os.getpid()}.part')
-    try:
-        torch.save(checkpoint, part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def main() -> None:
     """Read a Swin V2, write a backbone and print what it took."""
     parser = argparse.ArgumentParser(
@@ -303,10 +293,10 @@ def main() -> None:
     model = DGT(args.arch, num_groups=args.num_groups, out_norm=False)
     try:
         report = transplant(model, read_weights(args.source), args.strict)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         state = {f'backbone.{key}': x for key, x in model.state_dict().items()}
         meta = dict(source=args.source, seed=args.seed, **report._asdict())
-        save_whole(dict(state_dict=state, meta=dict(transplant=meta)), args.out)
+        with whole_file(args.out) as part:
+            torch.save(dict(state_dict=state, meta=dict(transplant=meta)), part)
     except (OSError, ImportError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
     sizes = {name: x.numel() for name, x in model.named_parameters()}

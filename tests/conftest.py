@@ -19,6 +19,7 @@ NEED_OPENMMLAB = [
     f'test_{room}.py'
     for room in (
         'ablate',
+        'bad_data',
         'checkpoints',
         'compare_backbones',
         'configs',
@@ -37,6 +38,7 @@ NEED_OPENMMLAB = [
         'openmmlab',
         'precision',
         'pretrained',
+        'resume',
         'tools',
     )
 ]

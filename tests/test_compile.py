@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mmdgt import DGT
+from mmdgt import DGT, DynamicGroupAttention
 
 ARCH = dict(dims=(8, 16), depths=(1, 1), num_heads=(1, 2), stem_dims=8)
 # All on one side of the size at which torch itself changes the way it convolves.
@@ -47,5 +47,25 @@ def test_training_leaves_the_same_gradients_and_sums(model):
 
     expected = step(model)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for ours, true in zip(step(compiled), expected, strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_code_of_inductor_computes_the_same():
+    """What a user of torch.compile runs, forward and backward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = DynamicGroupAttention(16, 2, num_groups=4, num_keys=7, cosine=True)
+    layer = layer.double().train()
+    x = torch.randn(2, 30, 16, dtype=torch.double, requires_grad=True)
+
+    def step(function):
+        out = function(x)
+        grads = torch.autograd.grad(out.pow(3).sum(), [x, *layer.parameters()])
+        return [out, *grads, layer.group_sums.clone(), layer.group_counts.clone()]
+
+    expected = step(layer)
+    layer.group_sums.zero_()
+    compiled = torch.compile(layer, fullgraph=True)
     for ours, true in zip(step(compiled), expected, strict=True):
         torch.testing.assert_close(ours, true)

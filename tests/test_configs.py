@@ -201,7 +201,8 @@ def test_what_users_rely_on(name):
     for needed in cfg.custom_imports.imports:
         importlib.import_module(needed)
     hooks = [hook.type for hook in cfg.custom_hooks]
-    expected = ['CentroidHook', 'PlainCheckpointHook', 'LabelCheckHook']
+    expected = ['CentroidHook', 'PlainCheckpointHook']
+    expected += ['LabelCheckHook', 'LossCheckHook']
     assert hooks == expected + ['NumClassCheckHook'] * (cfg.default_scope == 'mmdet')
     assert 'tta_model' in cfg
 

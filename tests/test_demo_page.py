@@ -49,14 +49,15 @@ def test_what_is_refused(demo_page, tmp_path):
 
 def test_a_click_shows_the_group_of_the_pixel(page, demo_page, scene, monkeypatch):
     """The network sees the picture at half its size."""
+    cv2.imwrite(scene, np.tile(cv2.imread(scene), (2, 2, 1)))
     prepare = page.predictor.prepare
     page.predictor.prepare = lambda image: prepare(image[::2, ::2].copy())
     picked = []
     monkeypatch.setattr(demo_page, 'group_panels', lambda *args: picked.append(args))
     page.show(scene, 2, 1, 2, 69, 3)
     ((view, groups, pixels, others),) = picked
-    assert view.shape == (25, 35, 3)
-    assert (groups.stride, groups.group.shape) == (8, (4, 5))
+    assert view.shape == (50, 70, 3)
+    assert (groups.stride, groups.group.shape) == (8, (7, 9))
     assert (pixels, others) == ([(34, 1)], [])
 
 

@@ -366,11 +366,45 @@ def test_centroids_are_unit_vectors_in_the_checkpoint():
         (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
         (dict(out_indices=(4,)), 'from 0 to 3, got \\(4,\\)'),
         (dict(frozen_stages=7), 'from -1 .* got 7'),
+        (dict(frozen_stages=-2), 'frozen_stages must be at least -1, got -2'),
+        (dict(out_indices=()), 'from 0 to 3, got \\(\\)'),
+        (dict(in_channels=0), 'in_channels must be at least 1, got 0'),
+        (dict(drop_path_rate=1.5), 'drop_path_rate must be from 0 to .* got 1.5'),
+        (dict(drop_path_rate=float('nan')), 'drop_path_rate must be .* got nan'),
+        (dict(arch=dict(TINY, depths=(1, 0, 1, 1))), r'depths\[1\] must be at least 1'),
     ],
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DGT(**settings)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(arch=5), r'arch must be a name or a dict, got 5 \(int\)'),
+        (dict(arch=dict(TINY, dims=8)), r'dims must be a sequence .* got 8 \(int\)'),
+        (dict(arch=dict(TINY, stem_dims='8')), r"stem_dims must be .* got '8' \(str\)"),
+        (dict(arch=dict(TINY, depths=(1, 1.5, 1, 1))), r'depths\[1\] must .* got 1.5'),
+        (dict(num_groups=2.5), r'num_groups must be an integer, got 2.5 \(float\)'),
+        (dict(num_keys='a'), r"num_keys must be an integer, got 'a' \(str\)"),
+        (dict(num_keys=True), r'num_keys must be an integer, got True \(bool\)'),
+        (dict(num_keys=None), 'num_keys must be an integer, got None'),
+        (dict(out_indices=2), r'out_indices must be a sequence .* write \(2,\)'),
+        (dict(out_indices='23'), 'out_indices must be a sequence'),
+        (dict(frozen_stages=None), 'frozen_stages must be an integer, got None'),
+        (dict(drop_path_rate='0.1'), r"drop_path_rate must be a number, got '0.1'"),
+    ],
+)
+def test_settings_of_the_wrong_type(settings, message):
+    with pytest.raises(TypeError, match=message):
+        DGT(**settings)
+
+
+@pytest.mark.parametrize('size', [(31, 64), (64, 31), (1, 1)])
+def test_images_that_are_too_small(size):
+    with pytest.raises(ValueError, match='at least 32 pixels a side, got'):
+        small()(torch.randn(1, 3, *size))
 
 
 def test_wrong_channels():

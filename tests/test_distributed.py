@@ -148,6 +148,7 @@ def test_what_slurm_is_asked_for(run_tool, tmp_path, tool):
         '--ntasks-per-node=8',
         '--gres=gpu:8',
         '--cpus-per-task=5',
+        *['--signal=TERM@300'] * (tool == 'train'),
         '--kill-on-bad-exit=1',
         '--quiet',
         '--time=5',

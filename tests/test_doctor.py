@@ -131,6 +131,17 @@ def test_own_extension_missing(monkeypatch, ill):
     assert ill() == [['the extension mmdgt._ext is not built', extension.HOW_TO_BUILD]]
 
 
+def test_own_extension_whose_build_failed(tmp_path, monkeypatch, ill):
+    lines = [f'kernels.cpp:{i}: error: bad' for i in range(30)]
+    (tmp_path / 'failure.txt').write_text('\n'.join(lines))
+    monkeypatch.setattr(doctor, 'FAILURE', tmp_path / 'failure.txt')
+    monkeypatch.setitem(sys.modules, 'mmdgt._ext', None)
+    ((cause, *said, fix),) = ill()
+    assert cause == 'the extension mmdgt._ext is not built; its build failed:'
+    assert [line.strip() for line in said] == lines[-8:]
+    assert fix == extension.HOW_TO_BUILD
+
+
 def test_own_extension_of_another_torch(monkeypatch, ill):
     other = SimpleNamespace(torch_version='2.4.0')
     monkeypatch.setitem(sys.modules, 'mmdgt._ext', other)

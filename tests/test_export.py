@@ -131,7 +131,7 @@ def test_the_command(name, build, run, tmp_path, monkeypatch):
     file = tmp_path / 'new/network.onnx'
     command = ['export_onnx.py', config, checkpoint, '--out', file, '--shape', *SIZE]
     monkeypatch.setattr(sys, 'argv', list(map(str, command)))
-    assert export_onnx.main() == 0
+    export_onnx.main()
 
     rgb = image.flip(0)[None].float()
     (scores,) = run(file, rgb)

@@ -94,13 +94,43 @@ def test_infer_a_folder(tiny_models, predictor, call_tool, tmp_path, capsys):
         np.testing.assert_array_equal(cv2.imread(str(path)), drawn)
 
 
-def test_infer_a_video(tiny_models, predictor, call_tool, tmp_path):
-    levels, size = (40, 120, 200), (80, 64)
+def clip(file, levels, size=(80, 64)):
     codec = cv2.VideoWriter_fourcc(*'MJPG')
-    writer = cv2.VideoWriter(str(tmp_path / 'clip.avi'), codec, 5, size)
+    writer = cv2.VideoWriter(str(file), codec, 5, size)
     for level in levels:
         writer.write(np.full((*size[::-1], 3), level, np.uint8))
     writer.release()
+
+
+def test_a_video_that_is_not_written_whole(
+    tiny_models, call_tool, tmp_path, monkeypatch
+):
+    """OpenCV says nothing when the disk is full."""
+    clip(tmp_path / 'clip.avi', (40, 120, 200))
+
+    real = cv2.VideoWriter
+
+    class Full:  # no subclass: Python's garbage collector fails on those of OpenCV
+        full = False
+
+        def __init__(self, *args):
+            self.writer = real(*args)
+            self.isOpened, self.release = self.writer.isOpened, self.writer.release
+
+        def write(self, frame):
+            if not self.full:
+                self.writer.write(frame)
+            self.full = True
+
+    monkeypatch.setattr(cv2, 'VideoWriter', Full)
+    out = tmp_path / 'out'
+    with pytest.raises(OSError, match=r'1 of 3 frames could be written'):
+        call_tool('infer', *tiny_models['mmseg'], tmp_path / 'clip.avi', '--out', out)
+    assert not list(out.iterdir())
+
+
+def test_infer_a_video(tiny_models, predictor, call_tool, tmp_path):
+    clip(tmp_path / 'clip.avi', (40, 120, 200), size=(size := (80, 64)))
     out = tmp_path / 'out'
     call_tool('infer', *tiny_models['mmseg'], tmp_path / 'clip.avi', '--out', out)
     video, original = (

@@ -238,6 +238,29 @@ def wrong_calls():
     attend = ops.group_attention
     return {
         'K': (ops.select_keys, (key, centroids, 0), ValueError, 'at least 1, got 0'),
+        'K true': (ops.select_keys, (key, centroids, True), TypeError, 'got True'),
+        'K 2.5': (ops.select_keys, (key, centroids, 2.5), TypeError, 'got 2.5'),
+        'K none': (ops.select_keys, (key, centroids, None), TypeError, 'got None'),
+        'NaN': (
+            attend,
+            (query, key, value, group, index, float('nan')),
+            ValueError,
+            'scale must be finite, got nan',
+        ),
+        'scale': (
+            attend,
+            (query, key, value, group, index, '1'),
+            TypeError,
+            "scale must be a number or None, got '1'",
+        ),
+        'no tensor': (ops.assign_queries, ([1.0], centroids), TypeError, 'got list'),
+        'scalar': (ops.assign_queries, (query.sum(), centroids), ValueError, r'\(\)'),
+        'vector': (
+            attend,
+            (query, key, value, group, index.flatten()),
+            ValueError,
+            r'index must have shape \(B, H, G, K\)',
+        ),
         'dims': (
             ops.assign_queries,
             (query[0], centroids),
@@ -291,6 +314,24 @@ def test_errors_name_what_was_wrong(case):
     function, args, error, message = wrong_calls()[case]
     with pytest.raises(error, match=message):
         function(*args)
+
+
+def test_a_second_derivative_is_refused_or_right():
+    tokens = draw(1, 1, 12, 8, 3, dtype=torch.float64)[:3]
+    query, key, value = (x.requires_grad_() for x in tokens)
+    group = torch.arange(12).view(1, 1, 12) % 3
+    index = torch.arange(12).view(1, 1, 3, 4)
+
+    def attend(*tokens):
+        return ops.group_attention(*tokens, group, index)
+
+    (slope,) = torch.autograd.grad(
+        attend(query, key, value).pow(2).sum(), query, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match='no second derivative'):
+        slope.sum().backward()
+    with ops.use_backend('reference'):
+        assert torch.autograd.gradgradcheck(attend, (query, key, value))
 
 
 def test_unknown_backend():

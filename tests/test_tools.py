@@ -350,3 +350,27 @@ def test_benchmark_of_what_is_unknown(run_tool, tool, option, first):
     result = run_tool(tool, option, f'{first},dgt_x', check=False)
     assert result.returncode
     assert f'dgt_x: choose from {first}, ' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('tool', 'arguments'),
+    (
+        ('ablate.py', (REPOSITORY / 'configs/dgt_ablation_demo.py',)),
+        ('compare_backbones.py', ('--only', 'Swin-T')),
+        ('make_golden.py', ()),
+    ),
+)
+def test_committed_results_are_replaced_only_by_force(run_tool, tool, arguments):
+    def committed():
+        return {
+            path: path.read_bytes()
+            for folder in ('docs', 'tests/data')
+            for path in (REPOSITORY / folder).rglob('*')
+            if path.is_file()
+        }
+
+    before = committed()
+    result = run_tool(tool, *arguments, check=False)
+    assert result.returncode == 2
+    assert 'has results already: replace them with --force' in result.stderr
+    assert committed() == before

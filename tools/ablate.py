@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from measure import machine, save
+from measure import add_out, find_out, machine, save
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmdgt  # noqa: F401
+from mmdgt.files import whole_file, write_json, write_text
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner
 from mmdgt.openmmlab.engine.flops import count_flops
@@ -133,7 +134,8 @@ def write_markdown(file: Path, rows: list[dict]) -> None:
         text = ('-' if cell is None else str(cell) for cell in cells)
         lines.append(f'| {" | ".join(text)} |')
     iterations, seeds = rows[0]['iterations'], len(rows[0]['runs'])
-    file.write_text(
+    write_text(
+        file,
         f"""# Ablations in miniature
 
 Written by `python tools/ablate.py`: {iterations} iterations from each of {seeds} seeds.
@@ -145,7 +147,7 @@ the paper, "here" the small network that was trained; one multiply-add counts on
 
 """
         + '\n'.join(lines)
-        + '\n'
+        + '\n',
     )
 
 
@@ -166,7 +168,8 @@ def plot(file: Path, rows: list[dict]) -> None:
     ax.set(xlabel='top-1 (%): every seed, and their mean')
     ax.grid(axis='x', alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=80)
     pyplot.close(figure)
 
 
@@ -178,8 +181,9 @@ def main() -> None:
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--iterations', type=int, help='of a run; the config has some')
-    parser.add_argument('--out', type=Path, default='docs/ablations', help='folder')
+    add_out(parser, Path('docs/ablations'), 'folder')
     args = parser.parse_args()
+    out = find_out(parser, args)
     cfg = load_config(args)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     variants = cfg.get('variants', {})
@@ -201,17 +205,17 @@ def main() -> None:
         state = 'was there already' if result else 'trained'
         if not result:
             result = train(run)
-            file.write_text(json.dumps(result, indent=1) + '\n')
+            write_json(file, result)
         results[name].append(result)
         print(f'  top-1 {result["top1"]} %, {result["seconds"]} s, {state}', flush=True)
     rows = [
         summarise(configure(args, name, 0), name, variants[name], results[name])
         for name in names
     ]
-    save(args.out / 'ablations.json', machine('cpu'), results=rows)
-    write_markdown(args.out / 'ablations.md', rows)
-    plot(args.out / 'ablations.png', rows)
-    print(f'{args.out}/ablations.md')
+    save(out / 'ablations.json', machine('cpu'), results=rows)
+    write_markdown(out / 'ablations.md', rows)
+    plot(out / 'ablations.png', rows)
+    print(f'{out}/ablations.md')
 
 
 if __name__ == '__main__':

@@ -42,6 +42,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmdgt import DGT, update_centroids
+from mmdgt.files import whole_file
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DROP_PATH = 0.2
@@ -380,7 +381,8 @@ def plot(rows: list[dict], folder: Path, name: str) -> None:
                     axes.legend()
             axes.set(xlabel='pixels', ylabel=label)
             axes.grid(alpha=0.3)
-        figure.savefig(folder / f'{title}.png', dpi=150)
+        with whole_file(folder / f'{title}.png') as part:
+            figure.savefig(part, dpi=150)
         plt.close(figure)
 
 

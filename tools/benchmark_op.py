@@ -31,6 +31,7 @@ from measure import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmdgt.files import whole_file
 from mmdgt.ops import assign_queries, group_attention, select_keys, use_backend
 from mmdgt.ops.library import ops
 
@@ -343,7 +344,8 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xlabel='tokens L', ylabel='forward pass, µs')
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150)
 
 
 def main() -> None:

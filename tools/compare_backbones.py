@@ -24,7 +24,16 @@ from typing import Any, NamedTuple
 
 import mmpretrain.models  # noqa: F401  # registers its backbones
 import torch
-from measure import in_fresh_process, machine, peak_bytes, save, seconds, summary
+from measure import (
+    add_out,
+    find_out,
+    in_fresh_process,
+    machine,
+    peak_bytes,
+    save,
+    seconds,
+    summary,
+)
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -33,6 +42,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmdgt  # noqa: F401
+from mmdgt.files import whole_file
 from mmdgt.openmmlab.engine.flops import count_flops
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -392,7 +402,7 @@ def measure(
 
 def write_markdown(file: Path, results: dict[str, list[Row]], about: dict) -> None:
     """Both tables and their notes."""
-    with file.open('w') as out:
+    with whole_file(file) as part, part.open('w') as out:
         out.write('# Backbones, published, counted and timed\n\n')
         out.write('Written by `python tools/compare_backbones.py`. One multiply-add')
         out.write(' counts once.\n\n![](backbones.png)\n')
@@ -413,7 +423,7 @@ def cells(row: Row) -> Iterable[str]:
 
 def write_csv(file: Path, results: dict[str, list[Row]]) -> None:
     """Both tables in one, the first column naming the table."""
-    with file.open('w', newline='') as out:
+    with whole_file(file) as part, part.open('w', newline='') as out:
         writer = csv.writer(out, lineterminator='\n')
         writer.writerow(['table', *COLUMNS])
         for title, rows in results.items():
@@ -475,14 +485,15 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
         ax.minorticks_off()
         ax.set(xlabel='FLOPs (G)', ylabel='time (s)')
         ax.legend(fontsize='small')
-    figure.savefig(file, dpi=80)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=80)
 
 
 def main() -> None:
     """Count, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = dict(choices=BACKBONES, metavar='BACKBONE')
-    parser.add_argument('--out', type=Path, default='docs/backbones', help='folder')
+    add_out(parser, Path('docs/backbones'), 'folder')
     parser.add_argument(
         '--only', nargs='+', default=BACKBONES, help='what the tables have', **names
     )
@@ -494,13 +505,14 @@ def main() -> None:
     )
     parser.add_argument('--rounds', type=int, default=3, help='times each is timed')
     args = parser.parse_args()
+    out = find_out(parser, args)
     names = list(args.only)
     if importlib.util.find_spec('timm') is None:
         names = [name for name in names if not needs_timm(BACKBONES[name])]
         left_out = ', '.join(name for name in args.only if name not in names)
         if left_out:
             print(f'left out for want of timm ("pip install timm"): {left_out}')
-    kept = Measurements(args.out / 'backbones.json')
+    kept = Measurements(out / 'backbones.json')
 
     counted = {table.title: [] for table in TABLES}
     for table in TABLES:
@@ -509,7 +521,7 @@ def main() -> None:
                 row = count(table, name, published)
                 counted[table.title].append(row)
                 print(table.title, *cells(row), sep='  ', flush=True)
-    write(args.out, counted, kept)
+    write(out, counted, kept)
     if args.time is None:
         return
     kept.go_on(machine(args.device))
@@ -523,7 +535,7 @@ def main() -> None:
             ]
             if missing:
                 measure(table, missing, args.device, args.rounds, kept)
-                write(args.out, counted, kept)
+                write(out, counted, kept)
 
 
 def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> None:
@@ -532,7 +544,6 @@ def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> No
         title: [kept.complete(title, row) for row in rows]
         for title, rows in counted.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_markdown(folder / 'backbones.md', results, kept.about)
     write_csv(folder / 'backbones.csv', results)
     plot(folder / 'backbones.png', results)

@@ -25,6 +25,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from measure import add_out, find_out
+
+from mmdgt.files import write_text
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 AT_ONCE = 12  # instructions between a load and its use that hide next to nothing
 
@@ -500,8 +504,9 @@ def main() -> None:
         default=r'^[a-z_]+$|bfloat16(, (32\b.*|[78]))?>',
         help='a pattern of the kernels in the table; the JSON has all',
     )
-    parser.add_argument('--out', type=Path, default=REPOSITORY / 'docs/cuda/cost')
+    add_out(parser, REPOSITORY / 'docs/cuda/cost', 'name without its end')
     args = parser.parse_args()
+    out = find_out(parser, args)
     architectures = args.architectures.split(',')
 
     version = subprocess.run(
@@ -520,13 +525,13 @@ def main() -> None:
             {**row, 'tree': 'candidate'} for row in kernels
         ]
         kernels.sort(key=lambda row: (row['kernel'], row['architecture'], row['tree']))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = ',\n'.join(json.dumps(row) for row in kernels)
-    args.out.with_suffix('.json').write_text(
-        f'{{"about": {json.dumps(about)},\n"kernels": [\n{rows}\n]}}\n'
+    write_text(
+        out.with_suffix('.json'),
+        f'{{"about": {json.dumps(about)},\n"kernels": [\n{rows}\n]}}\n',
     )
     shown = [row for row in kernels if re.search(args.table, row['kernel'])]
-    args.out.with_suffix('.md').write_text(markdown(shown, about))
+    write_text(out.with_suffix('.md'), markdown(shown, about))
 
 
 if __name__ == '__main__':

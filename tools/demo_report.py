@@ -7,17 +7,18 @@ its metrics beside the checkpoint, with or without ``--tta``.
 import json
 from pathlib import Path
 
-import cv2
 import torch
 from measure import machine
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.structures import BaseDataElement
 
 import mmdgt
+from mmdgt.files import write_json
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.models import DynamicGroupAttention
 from mmdgt.openmmlab.apis import pictures
 from mmdgt.openmmlab.apis.config import load_config, make_parser
+from mmdgt.openmmlab.apis.pictures import write_picture
 from mmdgt.openmmlab.apis.runner import build_runner
 from mmdgt.openmmlab.engine import group_usage
 
@@ -59,7 +60,7 @@ def main() -> None:
 
     picture = work_dir / 'predictions.png'
     framework = FRAMEWORKS[cfg.default_scope]
-    cv2.imwrite(str(picture), getattr(pictures, framework.panels)(dataset, predict))
+    write_picture(picture, getattr(pictures, framework.panels)(dataset, predict))
     report = {}
     for name, how in METRICS.items():
         if (work_dir / name).is_file():
@@ -70,7 +71,7 @@ def main() -> None:
     report['live groups of the worst block, %'] = round(live, 1)
     report |= {'checkpoint': str(args.checkpoint), 'picture': str(picture)}
     saved = {**report, 'mmdgt': mmdgt.__version__, 'machine': machine('cpu')}
-    (work_dir / 'report.json').write_text(json.dumps(saved, indent=2) + '\n')
+    write_json(work_dir / 'report.json', saved)
     for what, value in report.items():
         print(f'{what + ":":36}{value}')
 

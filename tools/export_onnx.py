@@ -5,7 +5,6 @@ The network takes ``image``, one image of just that shape: (1, 3, H, W), float32
 returns ``scores``: (1, classes, H, W) of a segmentor, (1, classes) of a classifier.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from mmdgt.files import whole_file
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import load_config, make_parser
 from mmdgt.openmmlab.checkpoints import load_weights, read_weights
@@ -82,8 +82,8 @@ def compare(file: Path, image: Tensor, expected: Tensor) -> float:
     return (error.mean() / expected.abs().mean()).item()
 
 
-def main() -> int:
-    """Export, compare, return the exit status."""
+def main() -> None:
+    """Export and compare."""
     parser = make_parser('Export a segmentor or classifier to ONNX')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', type=Path, required=True, help='the .onnx file')
@@ -106,24 +106,25 @@ def main() -> int:
     network = build(load_config(args), args.checkpoint)
     torch.manual_seed(0)
     image = 255 * torch.rand(1, 3, *args.shape)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with whole_file(args.out) as part, torch.no_grad():
         torch.onnx.export(
             network,
             (image,),
-            args.out,
+            part,
             input_names=['image'],
             output_names=['scores'],
             dynamo=True,
             external_data=False,
         )
-        error = compare(args.out, image, network(image))
-    if error > MAX_ERROR:
-        print(f'{args.out} does not compute what the model does', file=sys.stderr)
-        return 1
+        error = compare(part, image, network(image))
+        if error > MAX_ERROR:
+            raise ValueError(
+                f'{args.out} is not written, for it would not compute what the model'
+                f' does: its error over the mean score is {error:.1e}, expected at most'
+                f' {MAX_ERROR:.0e}'
+            )
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

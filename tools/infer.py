@@ -11,8 +11,10 @@ import mmcv
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from mmdgt.files import whole_file
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
+from mmdgt.openmmlab.apis.pictures import write_picture
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -37,7 +39,7 @@ def draw_pictures(predictor: Predictor, pictures: list[Path], out: Path) -> None
     """Write every picture with its prediction, under its own name."""
     for path in track_iter_progress(pictures):
         name = path.name if cv2.haveImageWriter(path.name) else f'{path.name}.png'
-        mmcv.imwrite(predictor.draw(read_image(path)), str(out / name))
+        write_picture(out / name, predictor.draw(read_image(path)))
 
 
 def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
@@ -49,12 +51,19 @@ def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
         )
     file = out / f'{path.stem}.mp4'
     codec, size = cv2.VideoWriter_fourcc(*'mp4v'), (video.width, video.height)
-    writer = cv2.VideoWriter(str(file), codec, video.fps, size)
-    if not writer.isOpened():
-        raise OSError(f'this OpenCV writes no MP4 video to {file}')
-    for frame in track_iter_progress((iter(video), len(video))):
-        writer.write(predictor.draw(frame))
-    writer.release()
+    with whole_file(file) as part:
+        writer = cv2.VideoWriter(str(part), codec, video.fps, size)
+        if not writer.isOpened():
+            raise OSError(f'this OpenCV writes no MP4 video to {file}')
+        for frame in track_iter_progress((iter(video), len(video))):
+            writer.write(predictor.draw(frame))
+        writer.release()
+        written = len(mmcv.VideoReader(str(part)))  # OpenCV tells of no failure
+        if written != video.position:
+            raise OSError(
+                f'{written} of {video.position} frames could be written to {file}; is'
+                f' the disk full?'
+            )
 
 
 def main() -> None:

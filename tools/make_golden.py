@@ -8,9 +8,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from measure import add_out, find_out
 from torch import Tensor
 
 from mmdgt import DGT, __version__, update_centroids
+from mmdgt.files import whole_file
 from mmdgt.ops import use_backend
 
 FILE = Path(__file__).parents[1] / 'tests/data/golden.pth'
@@ -68,15 +70,16 @@ def make_case(image: Tensor, post_norm: bool) -> dict:
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=FILE, help=f'default: {FILE.name}')
-    out = parser.parse_args().out
+    add_out(parser, FILE, 'the file')
+    out = find_out(parser, parser.parse_args())
     # Integers of no random generator; the test reads them from the file.
     image = torch.arange(2 * 3 * 48 * 64) ** 2 * 7919 // 64 % 256
     image = image.view(2, 3, 48, 64).to(torch.uint8)
     with use_backend('reference'):
         cases = [make_case(image / 64 - 2, post_norm) for post_norm in (False, True)]
     versions = dict(mmdgt=__version__, torch=str(torch.__version__))
-    torch.save(dict(versions=versions, image=image, cases=cases), out)
+    with whole_file(out) as part:
+        torch.save(dict(versions=versions, image=image, cases=cases), part)
     print(f'{out}: {out.stat().st_size // 1024} kB')
 
 

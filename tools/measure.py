@@ -5,7 +5,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import platform
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from mmdgt.files import write_json
 
 TURN = 0.02  # seconds, about the least that a turn lasts
 PACKAGES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'timm')
@@ -50,6 +51,26 @@ def add_words(
         return found
 
     parser.add_argument(name, type=words, default=default, help=', '.join(known))
+
+
+def add_out(parser: argparse.ArgumentParser, default: Path, what: str) -> None:
+    """--out, and --force, without which what is at its default is not replaced."""
+    parser.add_argument('--out', type=Path, help=f'{what}; by default {default}')
+    parser.add_argument(
+        '--force', action='store_true', help='replace what is there by default'
+    )
+    parser.set_defaults(committed=default)
+
+
+def find_out(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
+    """Where results go; ends the command if they would replace committed ones."""
+    found = args.committed.exists() or args.committed.with_suffix('.json').exists()
+    if args.out is None and found and not args.force:
+        parser.error(
+            f'{args.committed} has results already: replace them with --force, or name'
+            f' another place with --out'
+        )
+    return args.out or args.committed
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
@@ -219,5 +240,4 @@ def print_columns(table: list[list[str]]) -> None:
 
 def save(path: Path, about: dict, **results: list[dict]) -> None:
     """Write results and what they were measured on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({'machine': about, **results}, indent=1) + '\n')
+    write_json(path, {'machine': about, **results})

@@ -82,8 +82,8 @@ BUGS = (
     Bug(
         'an index is out of bounds',
         'assign_queries.cu',
-        'if (token < end) {',
-        'if (token <= end) {',
+        'if (token < end && nearest.owns_tokens()) {',
+        'if (token <= end && nearest.owns_tokens()) {',
         'test_assignment_has_float32_accuracy and dtype2',
         ADDRESS,
     ),

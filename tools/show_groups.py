@@ -7,15 +7,15 @@ it, after the config's test pipeline.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import mmcv
 from mmengine.config import Config
 
+from mmdgt.files import write_json
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
-from mmdgt.openmmlab.apis.pictures import group_panels
+from mmdgt.openmmlab.apis.pictures import group_panels, write_picture
 from mmdgt.visualization import find_groups, group_at, group_statistics
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     image, inputs = predictor.see(picture)
     groups = find_groups(predictor.model, inputs, args.stage, args.block, args.head)
     drawn = group_panels(image, groups, args.pixels, args.groups)
-    mmcv.imwrite(mmcv.rgb2bgr(drawn), str(args.out))
+    write_picture(args.out, mmcv.rgb2bgr(drawn))
     place = dict(stage=args.stage, block=args.block, head=args.head)
     report = {
         'config': args.config,
@@ -71,7 +71,7 @@ def main() -> None:
         **group_statistics(groups),
     }
     numbers = args.out.with_suffix('.json')
-    numbers.write_text(json.dumps(report, indent=2) + '\n')
+    write_json(numbers, report)
     for what, value in {**report, 'picture': args.out, 'numbers': numbers}.items():
         if isinstance(value, float):
             value = f'{value:.4g}'

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--tta]."""
 
+import contextlib
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
+from mmdgt.files import whole_file, write_text
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner, leave_processes
@@ -65,12 +67,17 @@ def main() -> None:
         enable_visualization(cfg, args.show, args.show_dir)
 
     runner = build_runner(cfg)
-    if args.out and not to_folder:
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+    with contextlib.ExitStack() as stack:
+        if args.out and not to_folder:
+            part = args.out
+            if is_main_process():  # which alone writes it
+                part = stack.enter_context(whole_file(args.out))
+            runner.test_evaluator.metrics.append(DumpResults(str(part)))
+        metrics = runner.test()
     name = 'metrics_tta.json' if args.tta else 'metrics.json'
     if is_main_process():
-        mmengine.dump(metrics, str(Path(cfg.work_dir, name)), indent=2)
+        text = mmengine.dump(metrics, file_format='json', indent=2)
+        write_text(Path(cfg.work_dir, name), text)
     leave_processes()
 
 

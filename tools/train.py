@@ -1,9 +1,12 @@
 """Train a model: python tools/train.py CONFIG."""
 
+import contextlib
+
 from mmengine.device import get_device
 
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner, leave_processes
+from mmdgt.openmmlab.engine import Interrupted
 
 
 def main() -> None:
@@ -52,7 +55,8 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
         cfg.trust = args.trust
 
-    build_runner(cfg).train()
+    with contextlib.suppress(Interrupted):
+        build_runner(cfg).train()
     leave_processes()
 
 

@@ -5,6 +5,7 @@ custom_hooks = [
     dict(type='CentroidHook', reseed=True),
     dict(type='PlainCheckpointHook'),
     dict(type='LabelCheckHook'),
+    dict(type='LossCheckHook'),
 ]
 env_cfg = dict(
     cudnn_benchmark=False,

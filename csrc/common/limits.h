@@ -11,7 +11,10 @@ namespace mmdgt {
 
 constexpr int64_t kMaxGroups = 256;
 constexpr int64_t kMaxHeadDim = 128;
-constexpr int64_t kHeadDimStep = 8;   // head dims are multiples of it
+constexpr int64_t kHeadDimStep = 8;  // head dims are multiples of it
+// choose_and_attend serves so many tokens and head dims, of 16 bits an element.
+constexpr int64_t kMaxFewTokens = 256;
+constexpr int64_t kMaxFewHeadDim = 32;
 constexpr int64_t kChannelStep = 16;  // channels of GELU and its norm are
 
 // The floating point types of a device's kernels.

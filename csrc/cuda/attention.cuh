@@ -5,10 +5,33 @@
 
 #include "launch.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+// What the forward and the backward pass read and write.
+template <typename T>
+struct Forward {
+  Rows<const T> query, key, value;
+  const int* group;  // (B,H,L)
+  const int* index;  // (B,H,G,K)
+  Rows<T> out;
+  float* logsumexp;  // (B,H,L)
+  Sizes sizes;
+  float scale;
+};
+template <typename T>
+struct Backward {
+  Rows<const T> grad_out, query, key, value;
+  const int* group;
+  const int* index;
+  Rows<const T> out;
+  const float* logsumexp;
+  Rows<T> grad_query, grad_key, grad_value;
+  Sizes sizes;
+  float scale;
+};
 
 // Sum and maximum over the four lanes that hold a row of a C tile.
 __device__ __forceinline__ float quad_sum(float x) {
@@ -147,7 +170,8 @@ struct KeyPipeline {
 template <typename T, int D>
 int block_warps(int64_t num_tokens, int64_t num_groups) {
   const int64_t average = num_tokens / num_groups;
-  return D * sizeof(T) > 64 ? 4 : average <= 32 ? 2 : average <= 128 ? 4 : 8;
+  if (D * sizeof(T) > 64) return D * sizeof(T) > 256 ? 2 : 4;
+  return average <= 32 ? 2 : average <= 128 ? 4 : 8;
 }
 
 // Calls run(integral_constant<int, kWarps>, integral_constant<int, kKeys>): blocks of
@@ -167,7 +191,7 @@ void dispatch_block(int warps, int64_t num_keys, Run&& run) {
     if (warps == 2) return with_keys(std::integral_constant<int, 2>());
     if (warps == 8) return with_keys(std::integral_constant<int, 8>());
   }
-  with_keys(std::integral_constant<int, 4>());
+  with_keys(std::integral_constant<int, (D * sizeof(T) > 256 ? 2 : 4)>());
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -4,8 +4,9 @@
 #include "kernels.h"
 #include "masked_attention.h"
 #include "sort_queries.h"
+#include "sum_queries.h"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 namespace {
 
 // Shared memory: two stages of keys and values, two tiles of queries, and the tokens
@@ -40,19 +41,17 @@ struct Memory {
 // up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
 __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
-    attend_kernel(Rows<const T> query, Rows<const T> key, Rows<const T> value,
-                  const int* __restrict__ order, const int4* __restrict__ tiles,
-                  const int* __restrict__ index, Rows<T> out,
-                  float* __restrict__ logsumexp, int num_tokens, int num_groups,
-                  int num_keys, int num_tiles, int dim, float scale) {
+    attend_kernel(Forward<T> to, const int* __restrict__ order,
+                  const int4* __restrict__ tiles, int num_tiles) {
   constexpr int kQueries = 16 * kWarps;
   char* shared = dynamic_shared();
+  const Sizes& sizes = to.sizes;
   const Memory<T, D, kWarps, kKeys> memory{shared};
   tiles += own_head() * num_tiles;
-  index += own_head() * num_groups * num_keys;
-  order += own_head() * num_tokens;
-  logsumexp += own_head() * num_tokens;
-  const int stages = (num_keys + kKeys - 1) / kKeys;
+  const int* index = to.index + own_head() * sizes.num_groups * sizes.num_keys;
+  order += own_head() * sizes.num_tokens;
+  float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
+  const int stages = (sizes.num_keys + kKeys - 1) / kKeys;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const auto read_tile = [&](int number) {
@@ -71,11 +70,11 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
     starts_tile = stage_ahead == 0;
     if (!found) return;
     const int first = stage_ahead * kKeys;
-    key_gather.look_up(index + static_cast<int64_t>(tile.x) * num_keys + first,
-                       num_keys - first, num_tokens - 1);
+    key_gather.look_up(index + static_cast<int64_t>(tile.x) * sizes.num_keys + first,
+                       sizes.num_keys - first, sizes.num_tokens - 1);
     if (starts_tile) {
       const int count = tile.z - tile.y, own = threadIdx.x;
-      query_gather.look_up(order + tile.y, count, num_tokens - 1);
+      query_gather.look_up(order + tile.y, count, sizes.num_tokens - 1);
       own_token = own < min(count, kQueries) ? order[tile.y + own] : -1;
     }
     if (++stage_ahead == stages) {
@@ -86,10 +85,12 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
     }
   };
   const auto copy = [&](int stage) {
-    key_gather.copy(memory.keys(stage), key.head(), key.token_stride, dim);
-    key_gather.copy(memory.values(stage), value.head(), value.token_stride, dim);
+    key_gather.copy(memory.keys(stage), to.key.head(), to.key.token_stride, sizes.dim);
+    key_gather.copy(memory.values(stage), to.value.head(), to.value.token_stride,
+                    sizes.dim);
     if (starts_tile) {
-      query_gather.copy(memory.queries(ahead), query.head(), query.token_stride, dim);
+      query_gather.copy(memory.queries(ahead), to.query.head(), to.query.token_stride,
+                        sizes.dim);
       if (threadIdx.x < kQueries) memory.tokens(ahead)[threadIdx.x] = own_token;
       ++ahead;
     }
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   look_up();
 
   // The maximum is taken before scaling, which must not turn the order round.
-  const float scale_log2 = positive_scale_log2(scale);
+  const float scale_log2 = positive_scale_log2(to.scale);
   int stage = 0;  // counted over all tiles
   for (int served = 0; served < ahead; ++served) {
     int token[2];
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
           const int row = 16 * warp + 8 * half + lane / 4;
           token[half] = memory.tokens(served)[row];
           q[half] = queries.load_row(row);
-          if (scale < 0.f) q[half].negate();
+          if (to.scale < 0.f) q[half].negate();
         }
       }
       const SharedRows<T, D> keys(memory.keys(stage));
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
             mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
           }
         }
-        const int count = num_keys - of_tile * kKeys;
+        const int count = sizes.num_keys - of_tile * kKeys;
         if (count < kKeys) {
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n) {
@@ -156,8 +157,8 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
         if (of_tile == stages - 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            T* row = token[half] >= 0 ? out.row(out.head(), token[half]) : nullptr;
-            softmax.store(half, scale_log2, dim, row, logsumexp + token[half]);
+            T* row = token[half] >= 0 ? to.out.row(to.out.head(), token[half]) : nullptr;
+            softmax.store(half, scale_log2, sizes.dim, row, logsumexp + token[half]);
           }
         }
       }
@@ -186,6 +187,15 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
   dispatch_tokens(q, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
+    const Forward<T> to{Rows<const T>(q),
+                        Rows<const T>(k),
+                        Rows<const T>(v),
+                        group.const_data_ptr<int>(),
+                        index.const_data_ptr<int>(),
+                        Rows<T>(out),
+                        logsumexp.mutable_data_ptr<float>(),
+                        Sizes(query, G, K),
+                        static_cast<float>(scale)};
     const int warps = block_warps<T, kWidth>(L, G);
     const SortedQueries sorted = sort_queries(group, G, 16 * warps);
     dispatch_block<T, kWidth>(warps, K, [&](auto block, auto stage) {
@@ -194,16 +204,36 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
       const int64_t tiles = sorted.tiles.size(2);
       launch(attend_kernel<T, kWidth, kWarps, kKeys>,
              grid_of_heads(resident_blocks(tiles, 16 / kWarps, query), query),
-             32 * kWarps, Memory<T, kWidth, kWarps, kKeys>::kBytes, Rows<const T>(q),
-             Rows<const T>(k), Rows<const T>(v), sorted.order.const_data_ptr<int>(),
+             32 * kWarps, Memory<T, kWidth, kWarps, kKeys>::kBytes, to,
+             sorted.order.const_data_ptr<int>(),
              static_cast<const int4*>(sorted.tiles.const_data_ptr()),
-             index.const_data_ptr<int>(), Rows<T>(out),
-             logsumexp.mutable_data_ptr<float>(), static_cast<int>(L),
-             static_cast<int>(G), static_cast<int>(K), static_cast<int>(tiles),
-             static_cast<int>(query.size(3)), static_cast<float>(scale));
+             static_cast<int>(tiles));
     });
   });
   return {out, logsumexp};
 }
 
-}  // namespace mmdgt
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+choose_and_attend_cuda(const at::Tensor& query, const at::Tensor& key,
+                       const at::Tensor& value, const at::Tensor& centroids,
+                       int64_t num_keys, double scale, bool with_sums) {
+  const c10::DeviceGuard guard(query.device());
+  const int64_t B = query.size(0), H = query.size(1), L = query.size(2);
+  const int64_t G = centroids.size(1);
+  const auto ints = query.options().dtype(at::kInt);
+  at::Tensor out = empty_heads_last(query);
+  at::Tensor logsumexp = at::empty({B, H, L}, query.options().dtype(at::kFloat));
+  at::Tensor group = at::empty({B, H, L}, ints);
+  at::Tensor masks = at::empty({B, H, G, kMaxFewTokens / 32}, ints);
+  const at::Tensor q = aligned_rows(query);
+  if (group.numel() > 0) {
+    choose_and_attend(q, aligned_rows(key), aligned_rows(value),
+                      aligned_centroids(centroids), num_keys, scale, out, logsumexp,
+                      group, masks);
+  }
+  const auto [sums, counts] =
+      with_sums ? sum_queries(q, group, G) : no_sums(query.options());
+  return {out, logsumexp, group, masks, sums, counts};
+}
+
+}  // namespace mmdgt::cuda

@@ -9,25 +9,22 @@
 #include "masked_attention.h"
 #include "sort_queries.h"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 namespace {
 
 // dQ = scale * dS K with dS = P * (dP - delta), dP = dO V^T, delta = rowsum(dO * O).
 // Blocks as in the forward pass. delta (B,H,L) is kept for the other kernel.
 template <typename T, int D, int kWarps, int kKeys>
 __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
-    grad_query_kernel(Rows<const T> grad_out, Rows<const T> query, Rows<const T> key,
-                      Rows<const T> value, Rows<const T> out,
-                      const int* __restrict__ order, const int4* __restrict__ tiles,
-                      const int* __restrict__ index, const float* __restrict__ logsumexp,
-                      float* __restrict__ delta_out, Rows<T> grad_query, int num_tokens,
-                      int num_groups, int num_keys, int dim, float scale) {
+    grad_query_kernel(Backward<T> to, const int* __restrict__ order,
+                      const int4* __restrict__ tiles, float* __restrict__ delta_out) {
   char* shared = dynamic_shared();
+  const Sizes& sizes = to.sizes;
   const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
   if (begin == end) return;
-  order += own_head() * num_tokens;
-  logsumexp += own_head() * num_tokens;
-  delta_out += own_head() * num_tokens;
+  order += own_head() * sizes.num_tokens;
+  const float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
+  delta_out += own_head() * sizes.num_tokens;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool active = begin + 16 * warp < end;
@@ -39,14 +36,14 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   }
   KeyPipeline<T, D, 32 * kWarps, kKeys> pipeline{
       shared,
-      key.head(),
-      value.head(),
-      key.token_stride,
-      value.token_stride,
-      index + (own_head() * num_groups + group) * num_keys,
-      num_keys,
-      num_tokens,
-      dim};
+      to.key.head(),
+      to.value.head(),
+      to.key.token_stride,
+      to.value.token_stride,
+      to.index + (own_head() * sizes.num_groups + group) * sizes.num_keys,
+      sizes.num_keys,
+      sizes.num_tokens,
+      sizes.dim};
   pipeline.look_up(0);
   pipeline.copy(0);
   pipeline.look_up(1);
@@ -59,9 +56,9 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
     o[half].clear();
     lse_log2[half] = 0.f;
     if (token[half] >= 0) {
-      q[half].load(query.row(query.head(), token[half]), dim);
-      d_out[half].load(grad_out.row(grad_out.head(), token[half]), dim);
-      o[half].load(out.row(out.head(), token[half]), dim);
+      q[half].load(to.query.row(to.query.head(), token[half]), sizes.dim);
+      d_out[half].load(to.grad_out.row(to.grad_out.head(), token[half]), sizes.dim);
+      o[half].load(to.out.row(to.out.head(), token[half]), sizes.dim);
       lse_log2[half] = logsumexp[token[half]] * kLog2E;
     }
   }
@@ -80,24 +77,28 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
     }
   }
 
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = to.scale * kLog2E;
   float d_query[D / 8][4] = {};
   pipeline.run([&](int stage) {
     if (!active) return;
     const SharedRows<T, D> keys = pipeline.keys(stage);
     const SharedRows<T, D> values = pipeline.values(stage);
-    const int count = num_keys - stage * kKeys;
+    const int count = sizes.num_keys - stage * kKeys;
 #pragma unroll(sizeof(T) == 2 ? kKeys / 16 : 1)
     for (int first = 0; first < kKeys; first += 16) {
       float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const RowFragment<T, D> k = keys.load_row(first + 8 * n + lane / 4);
-        const RowFragment<T, D> v = values.load_row(first + 8 * n + lane / 4);
 #pragma unroll
-        for (int step = 0; step < D / 16; ++step) {
-          mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-          mma(dp[n], operand_a(d_out[0], d_out[1], step), v.operand_b(step));
+        for (int block = 0; block < D / 32; ++block) {
+          const auto k = keys.load_block(first + 8 * n + lane / 4, block);
+          const auto v = values.load_block(first + 8 * n + lane / 4, block);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int step = 2 * block + half;
+            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(half));
+            mma(dp[n], operand_a(d_out[0], d_out[1], step), v.operand_b(half));
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -125,8 +126,9 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   if (!active) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* row = token[half] >= 0 ? grad_query.row(grad_query.head(), token[half]) : nullptr;
-    store_row<T, D>(d_query, half, scale, row, dim);
+    T* row =
+        token[half] >= 0 ? to.grad_query.row(to.grad_query.head(), token[half]) : nullptr;
+    store_row<T, D>(d_query, half, to.scale, row, sizes.dim);
   }
 }
 
@@ -142,16 +144,18 @@ template <typename T, int D>
 constexpr int kWarpTiles = D * sizeof(T) == 64 ? 2 : 1;
 constexpr int kKeyWarps = 4;
 
+// What a part of dK and dV is kept in: float16 could overflow before the sum.
+template <typename T>
+using Part = std::conditional_t<std::is_same_v<T, __half>, float, T>;
+
 // dV = P^T dO and dK = scale * dS^T Q for the queries of one tile, which may be a
 // whole group: parts (B,H,tiles,K,2,D), dK before dV.
 template <typename T, int D>
 __global__ void __launch_bounds__(32 * kKeyWarps)
-    grad_key_kernel(Rows<const T> grad_out, Rows<const T> query, Rows<const T> key,
-                    Rows<const T> value, const int* __restrict__ order,
-                    const int4* __restrict__ tiles, const int* __restrict__ index,
-                    const float* __restrict__ logsumexp, const float* __restrict__ delta,
-                    T* __restrict__ parts, int num_tokens, int num_groups, int num_keys,
-                    int dim, float scale, int num_tiles) {
+    grad_key_kernel(Backward<T> to, const int* __restrict__ order,
+                    const int4* __restrict__ tiles, const float* __restrict__ delta,
+                    Part<T>* __restrict__ parts, int num_tiles) {
+  const Sizes& sizes = to.sizes;
   constexpr int kQueries = kStageQueries<T, D>;
   constexpr int kTiles = kWarpTiles<T, D>;
   constexpr int kStageBytes = kQueries * D * sizeof(T);
@@ -162,10 +166,10 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
   const int64_t tile = own_head() * num_tiles + blockIdx.x % num_tiles;
   const auto [group, begin, end, unused] = tiles[tile];
   if (begin == end) return;
-  index += (own_head() * num_groups + group) * num_keys;
-  order += own_head() * num_tokens + begin;
-  logsumexp += own_head() * num_tokens;
-  delta += own_head() * num_tokens;
+  const int* index = to.index + (own_head() * sizes.num_groups + group) * sizes.num_keys;
+  order += own_head() * sizes.num_tokens + begin;
+  const float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
+  delta += own_head() * sizes.num_tokens;
   const int num_queries = end - begin;
 
   const auto stage_query = [&](int stage) {
@@ -178,13 +182,14 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
   int own_token = -1;  // whose statistic this thread copies
   const auto look_up = [&](int stage) {
     const int count = num_queries - stage * kQueries;
-    gather.look_up(order + stage * kQueries, count, num_tokens - 1);
+    gather.look_up(order + stage * kQueries, count, sizes.num_tokens - 1);
     const int own = threadIdx.x;
     own_token = own < min(count, kQueries) ? order[stage * kQueries + own] : -1;
   };
   const auto copy = [&](int stage) {
-    gather.copy(stage_query(stage), query.head(), query.token_stride, dim);
-    gather.copy(stage_grad(stage), grad_out.head(), grad_out.token_stride, dim);
+    gather.copy(stage_query(stage), to.query.head(), to.query.token_stride, sizes.dim);
+    gather.copy(stage_grad(stage), to.grad_out.head(), to.grad_out.token_stride,
+                sizes.dim);
     if (threadIdx.x < kQueries) {
       const int at = max(own_token, 0);
       float2* target = &statistic[stage % 2][threadIdx.x];
@@ -199,24 +204,25 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_key = (key_block * kKeyWarps + warp) * 16 * kTiles;
-  const bool active = first_key < num_keys;
-  const float scale_log2 = scale * kLog2E;
+  const bool active = first_key < sizes.num_keys;
+  const float scale_log2 = to.scale * kLog2E;
   int own_key[2 * kTiles];
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const int place = first_key + 8 * i + lane / 4;
-    own_key[i] = place < num_keys ? min(index[place], num_tokens - 1) : -1;
+    own_key[i] = place < sizes.num_keys ? min(index[place], sizes.num_tokens - 1) : -1;
   }
   copy(0);
   look_up(1);
   RowFragment<T, D> k[kTiles][2], v[kTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
-    k[i / 2][i % 2].clear();
-    v[i / 2][i % 2].clear();
-    if (own_key[i] >= 0) {
-      k[i / 2][i % 2].load(key.row(key.head(), own_key[i]), dim);
-      v[i / 2][i % 2].load(value.row(value.head(), own_key[i]), dim);
+    const int own = max(own_key[i], 0);  // loads without branches, together
+    k[i / 2][i % 2].load(to.key.row(to.key.head(), own), sizes.dim);
+    v[i / 2][i % 2].load(to.value.row(to.value.head(), own), sizes.dim);
+    if (own_key[i] < 0) {
+      k[i / 2][i % 2].clear();
+      v[i / 2][i % 2].clear();
     }
   }
 
@@ -240,17 +246,24 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int row = first + 8 * n;
-          const RowFragment<T, D> q = queries.load_row(row + lane / 4);
-          const RowFragment<T, D> g = grads.load_row(row + lane / 4);
           const float2 even = statistic[stage % 2][row + 2 * (lane % 4)];
           const float2 odd = statistic[stage % 2][row + 2 * (lane % 4) + 1];
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
+          for (int block = 0; block < D / 32; ++block) {
+            const auto q = queries.load_block(row + lane / 4, block);
+            const auto g = grads.load_block(row + lane / 4, block);
 #pragma unroll
-            for (int step = 0; step < D / 16; ++step) {
-              mma(p[m][n], operand_a(k[m][0], k[m][1], step), q.operand_b(step));
-              mma(ds[m][n], operand_a(v[m][0], v[m][1], step), g.operand_b(step));
+            for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int step = 2 * block + half;
+                mma(p[m][n], operand_a(k[m][0], k[m][1], step), q.operand_b(half));
+                mma(ds[m][n], operand_a(v[m][0], v[m][1], step), g.operand_b(half));
+              }
             }
+          }
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float2 own = i % 2 ? odd : even;
@@ -279,156 +292,107 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
     __syncthreads();
   }
   if (!active) return;
-  parts += tile * num_keys * 2 * dim;
+  parts += tile * sizes.num_keys * 2 * sizes.dim;
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const int place = first_key + 8 * i + lane / 4;
-    T* row = place < num_keys ? parts + place * 2 * dim : nullptr;
-    store_row<T, D>(d_key[i / 2], i % 2, scale, row, dim);
-    store_row<T, D>(d_value[i / 2], i % 2, 1.f, row != nullptr ? row + dim : row, dim);
+    Part<T>* row = place < sizes.num_keys ? parts + place * 2 * sizes.dim : nullptr;
+    store_row<Part<T>, D>(d_key[i / 2], i % 2, to.scale, row, sizes.dim);
+    store_row<Part<T>, D>(d_value[i / 2], i % 2, 1.f,
+                          row != nullptr ? row + sizes.dim : row, sizes.dim);
   }
 }
 
 constexpr int kSumThreads = 256;  // at least the number of groups
-constexpr int kWindow = 256;      // tokens of a block
-constexpr int kMaxListed = 4096;  // parts; those of one token always fit
+constexpr int kSumTokens = 256;   // of a block
 
-// Sums the parts of every key. A block lists the parts of the tokens of its window,
-// token by token, in the order of tiles and thus of groups.
+// Sums the parts of every key, in the order of groups and their tiles. `choosers` has
+// the choices by token.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(const T* __restrict__ parts, const int* __restrict__ offsets,
-                     const int* __restrict__ index, Rows<T> grad_key, Rows<T> grad_value,
-                     int num_tokens, int num_groups, int num_keys, int dim, int size,
-                     int num_tiles) {
-  __shared__ int begin[kWindow + 1];  // of a token's parts, counted over all
-  __shared__ int next[kWindow];
-  __shared__ int list[kMaxListed];  // tile * K + place
-  __shared__ int first_tile[kSumThreads + 1];
-  const int first = blockIdx.x * kWindow;
-  const int count = min(num_tokens - first, kWindow);
-  const int num_entries = num_groups * num_keys;
-  index += own_head() * num_entries;
-
-  // Running sums over the threads; own values at own place + 1.
-  const auto accumulate = [&](int* values) {
-    for (int step = 1; step < kSumThreads; step *= 2) {
-      const int at = threadIdx.x + 1;
-      const int other = at > step ? values[at - step] : 0;
-      __syncthreads();
-      values[at] += other;
-      __syncthreads();
-    }
-  };
-  // Calls use(token, group, place) for all choices of tokens from..to.
-  const auto for_choices = [&](int from, int to, auto&& use) {
-    constexpr int kBatch = 8;  // loads under way at once
-    for (int i = threadIdx.x; i < num_entries; i += kBatch * kSumThreads) {
-      int token[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int at = i + j * kSumThreads;
-        token[j] = at < num_entries ? index[at] - first : -1;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (token[j] < from || token[j] >= to) continue;
-        const int at = i + j * kSumThreads;
-        use(token[j], at / num_keys, at % num_keys);
-      }
-    }
-  };
-
-  next[threadIdx.x] = 0;
+    sum_parts_kernel(Backward<T> to, const Part<T>* __restrict__ parts,
+                     const int* __restrict__ offsets, const int* __restrict__ begins,
+                     const int2* __restrict__ choosers, int size, int num_tiles) {
+  const Sizes& sizes = to.sizes;
+  __shared__ int first_tile[kSumThreads + 1];  // of a group
+  const int64_t bh = own_head();
   first_tile[threadIdx.x + 1] = 0;
-  if (threadIdx.x < num_groups) {
-    const int* offset = offsets + own_head() * (num_groups + 1);
+  if (threadIdx.x < sizes.num_groups) {
+    const int* offset = offsets + bh * (sizes.num_groups + 1);
     const int queries = offset[threadIdx.x + 1] - offset[threadIdx.x];
     first_tile[threadIdx.x + 1] = (queries + size - 1) / size;
   }
-  if (threadIdx.x == 0) begin[0] = first_tile[0] = 0;
+  if (threadIdx.x == 0) first_tile[0] = 0;
   __syncthreads();
-  accumulate(first_tile);
-  for_choices(0, count, [&](int token, int g, int) {
-    atomicAdd(&next[token], first_tile[g + 1] - first_tile[g]);
-  });
-  __syncthreads();
-  begin[threadIdx.x + 1] = next[threadIdx.x];
-  __syncthreads();
-  accumulate(begin);
+  for (int step = 1; step < kSumThreads; step *= 2) {
+    const int at = threadIdx.x + 1;
+    const int other = at > step ? first_tile[at - step] : 0;
+    __syncthreads();
+    first_tile[at] += other;
+    __syncthreads();
+  }
 
-  constexpr int kElements = 16 / sizeof(T);
-  const int vectors = 2 * dim / kElements;  // of a part
+  constexpr int kElements = 16 / sizeof(Part<T>);
+  constexpr int kBatch = 4;                       // loads under way at once
+  const int vectors = 2 * sizes.dim / kElements;  // of a part
   const int tokens_at_once = kSumThreads / vectors;
   const int own_row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  if (own_row >= tokens_at_once) return;
   const bool for_key = vector < vectors / 2;
-  const int64_t stride = for_key ? grad_key.token_stride : grad_value.token_stride;
-  T* target = (for_key ? grad_key.head() : grad_value.head()) +
-              (for_key ? vector : vector - vectors / 2) * kElements;
-  parts += own_head() * num_tiles * num_keys * 2 * dim + vector * kElements;
-  // As many tokens at a time as the list has room for; nearly always all.
-  for (int from = 0; from < count;) {
-    int to = count;
-    while (to > from + 1 && begin[to] - begin[from] > kMaxListed) --to;
-    const bool own = threadIdx.x >= from && threadIdx.x < to;
-    if (own) next[threadIdx.x] = begin[threadIdx.x] - begin[from];
-    __syncthreads();
-    for_choices(from, to, [&](int token, int g, int place) {
-      const int tiles_of_group = first_tile[g + 1] - first_tile[g];
-      const int at = atomicAdd(&next[token], tiles_of_group);
-      // A row that names a token twice could overflow.
-      for (int t = 0; t < min(tiles_of_group, kMaxListed - at); ++t) {
-        list[at + t] = (first_tile[g] + t) * num_keys + place;
-      }
-    });
-    __syncthreads();
-    if (own) {
-      // The atomics left a token's parts in any order.
-      int* listed = list + begin[threadIdx.x] - begin[from];
-      const int n = begin[threadIdx.x + 1] - begin[threadIdx.x];
-      for (int i = 1; i < n; ++i) {
-        const int part = listed[i];
-        int j = i;
-        for (; j > 0 && listed[j - 1] > part; --j) listed[j] = listed[j - 1];
-        listed[j] = part;
-      }
-    }
-    __syncthreads();
-    for (int token = from + own_row; token < to && own_row < tokens_at_once;
-         token += tokens_at_once) {
-      const int* listed = list + begin[token] - begin[from];
-      const int n = begin[token + 1] - begin[token];
-      float sum[kElements] = {};
-      for (int e = 0; e < n; e += 4) {
-        uint4 words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (e + j >= n) continue;
-          words[j] = __ldg(reinterpret_cast<const uint4*>(
-              parts + static_cast<uint64_t>(listed[e + j]) * (2u * dim)));
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (e + j >= n) continue;
-          const auto* pairs = reinterpret_cast<const Pair<T>*>(&words[j]);
-#pragma unroll
-          for (int x = 0; x < kElements / 2; ++x) {
-            const float2 pair = unpack<T>(pairs[x]);
-            sum[2 * x] += pair.x;
-            sum[2 * x + 1] += pair.y;
-          }
-        }
-      }
-      uint4 result;
-      auto* pairs = reinterpret_cast<Pair<T>*>(&result);
+  const Rows<T>& target = for_key ? to.grad_key : to.grad_value;
+  const int column = (for_key ? vector : vector - vectors / 2) * kElements;
+  parts += bh * num_tiles * sizes.num_keys * 2 * sizes.dim + vector * kElements;
+  begins += bh * (sizes.num_tokens + 1);
+  choosers += bh * sizes.num_groups * sizes.num_keys;
+  const int end = min((blockIdx.x + 1) * kSumTokens, sizes.num_tokens);
+  for (int token = blockIdx.x * kSumTokens + own_row; token < end;
+       token += tokens_at_once) {
+    float sum[kElements] = {};
+    const auto load = [&](int tile, int place) {
+      return __ldg(reinterpret_cast<const uint4*>(
+          parts + (static_cast<int64_t>(tile) * sizes.num_keys + place) * 2 * sizes.dim));
+    };
+    const auto add = [&](const uint4& words) {
+      const auto* pairs = reinterpret_cast<const Pair<Part<T>>*>(&words);
 #pragma unroll
       for (int x = 0; x < kElements / 2; ++x) {
-        pairs[x] = pack<T>(sum[2 * x], sum[2 * x + 1]);
+        const float2 pair = unpack<Part<T>>(pairs[x]);
+        sum[2 * x] += pair.x;
+        sum[2 * x + 1] += pair.y;
       }
-      *reinterpret_cast<uint4*>(target + (first + token) * stride) = result;
+    };
+    const int last = begins[token + 1];
+    for (int i = begins[token]; i < last; i += kBatch) {
+      int2 chooser[kBatch];  // group, place in its row of K
+      uint4 words[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) chooser[j] = choosers[min(i + j, last - 1)];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int tile = first_tile[chooser[j].x];
+        words[j] = make_uint4(0, 0, 0, 0);
+        if (i + j < last && tile < first_tile[chooser[j].x + 1]) {
+          words[j] = load(tile, chooser[j].y);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        add(words[j]);
+        // Most groups have one tile.
+        for (int tile = first_tile[chooser[j].x] + 1;
+             i + j < last && tile < first_tile[chooser[j].x + 1]; ++tile) {
+          add(load(tile, chooser[j].y));
+        }
+      }
     }
-    __syncthreads();
-    from = to;
+    alignas(16) Pair<T> result[kElements / 2];
+#pragma unroll
+    for (int x = 0; x < kElements / 2; ++x) {
+      result[x] = pack<T>(sum[2 * x], sum[2 * x + 1]);
+    }
+    using Vector = std::conditional_t<sizeof(result) == 16, uint4, float2>;
+    *reinterpret_cast<Vector*>(target.row(target.head(), token) + column) =
+        *reinterpret_cast<const Vector*>(result);
   }
 }
 
@@ -450,16 +414,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
   const at::Tensor v = aligned_rows(value), d_out = aligned_rows(grad_out);
   const at::Tensor o = aligned_rows(out);
   if (has_few_tokens(q)) {
-    masked_attention_backward(d_out, q, k, v, group, index, o, logsumexp, scale,
+    masked_attention_backward(d_out, q, k, v, group, index, o, logsumexp, scale, false,
                               grad_query, grad_key, grad_value);
     return {grad_query, grad_key, grad_value};
   }
   const at::Tensor delta = at::empty_like(logsumexp);
-  const int tokens = static_cast<int>(L), groups = static_cast<int>(G);
-  const int keys = static_cast<int>(K), dim = static_cast<int>(D);
   dispatch_tokens(q, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
+    const Backward<T> to{Rows<const T>(d_out),
+                         Rows<const T>(q),
+                         Rows<const T>(k),
+                         Rows<const T>(v),
+                         group.const_data_ptr<int>(),
+                         index.const_data_ptr<int>(),
+                         Rows<const T>(o),
+                         logsumexp.const_data_ptr<float>(),
+                         Rows<T>(grad_query),
+                         Rows<T>(grad_key),
+                         Rows<T>(grad_value),
+                         Sizes(query, G, K),
+                         static_cast<float>(scale)};
     const int warps = block_warps<T, kWidth>(L, G);
     // Long rows of queries are cut so that one large group keeps all busy.
     const int64_t size = std::max(kMinPart, ceil_div(L, 512) * 16);
@@ -470,32 +445,47 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
       constexpr int kKeys = decltype(stage)::value;
       launch(grad_query_kernel<T, kWidth, kWarps, kKeys>,
              grid_of_heads(sorted.tiles.size(2), query), 32 * kWarps,
-             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), Rows<const T>(d_out),
-             Rows<const T>(q), Rows<const T>(k), Rows<const T>(v), Rows<const T>(o),
-             order, static_cast<const int4*>(sorted.tiles.const_data_ptr()),
-             index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),
-             delta.mutable_data_ptr<float>(), Rows<T>(grad_query), tokens, groups, keys,
-             dim, static_cast<float>(scale));
+             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), to, order,
+             static_cast<const int4*>(sorted.tiles.const_data_ptr()),
+             delta.mutable_data_ptr<float>());
     });
 
     const int64_t tiles = sorted.parts.size(2);
     const int64_t key_blocks = ceil_div(K, kKeyWarps * 16 * kWarpTiles<T, kWidth>);
     const at::Tensor parts =
-        at::empty({query.size(0), query.size(1), tiles, K, 2, D}, query.options());
+        at::empty({query.size(0), query.size(1), tiles, K, 2, D},
+                  query.options().dtype(
+                      std::is_same_v<Part<T>, float> ? at::kFloat : query.scalar_type()));
     launch(grad_key_kernel<T, kWidth>, grid_of_heads(tiles * key_blocks, query),
-           32 * kKeyWarps, 0, Rows<const T>(d_out), Rows<const T>(q), Rows<const T>(k),
-           Rows<const T>(v), order,
+           32 * kKeyWarps, 0, to, order,
            static_cast<const int4*>(sorted.parts.const_data_ptr()),
-           index.const_data_ptr<int>(), logsumexp.const_data_ptr<float>(),
-           delta.const_data_ptr<float>(), static_cast<T*>(parts.data_ptr()), tokens,
-           groups, keys, dim, static_cast<float>(scale), static_cast<int>(tiles));
-    launch(sum_parts_kernel<T>, grid_of_heads(ceil_div(L, kWindow), query), kSumThreads,
-           0, static_cast<const T*>(parts.data_ptr()),
-           sorted.offsets.const_data_ptr<int>(), index.const_data_ptr<int>(),
-           Rows<T>(grad_key), Rows<T>(grad_value), tokens, groups, keys, dim,
+           delta.const_data_ptr<float>(), static_cast<Part<T>*>(parts.data_ptr()),
+           static_cast<int>(tiles));
+    const SortedChoices choices = sort_choices(index, L);
+    launch(sum_parts_kernel<T>, grid_of_heads(ceil_div(L, kSumTokens), query),
+           kSumThreads, 0, to, static_cast<const Part<T>*>(parts.data_ptr()),
+           sorted.offsets.const_data_ptr<int>(), choices.begins.const_data_ptr<int>(),
+           static_cast<const int2*>(choices.choosers.const_data_ptr()),
            static_cast<int>(size), static_cast<int>(tiles));
   });
   return {grad_query, grad_key, grad_value};
 }
 
-}  // namespace mmdgt
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward_cuda(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& masks,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
+  const c10::DeviceGuard guard(query.device());
+  at::Tensor grad_query = empty_heads_last(query);
+  at::Tensor grad_key = empty_heads_last(query);
+  at::Tensor grad_value = empty_heads_last(query);
+  if (group.numel() > 0) {
+    masked_attention_backward(aligned_rows(grad_out), aligned_rows(query),
+                              aligned_rows(key), aligned_rows(value), group, masks,
+                              aligned_rows(out), logsumexp, scale, true, grad_query,
+                              grad_key, grad_value);
+  }
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace mmdgt::cuda

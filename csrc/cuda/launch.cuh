@@ -17,7 +17,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 inline int64_t num_multiprocessors() {
   return at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
@@ -49,11 +49,11 @@ void start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda
 
 #endif
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 template <typename T>
 struct Type {
@@ -89,13 +89,18 @@ inline dim3 grid_of_heads(int64_t blocks, const at::Tensor& tokens) {
               static_cast<unsigned>(tokens.size(0)));
 }
 
-// Starts a kernel, or tells that the GPU has too little shared memory for it.
+// Whether a block can have so much shared memory, beside what its kernel declares.
+inline bool fits(size_t shared_bytes) {
+  return shared_bytes + 4096 <= max_shared_bytes();
+}
+
+// Starts a kernel. Who asks for more shared memory than the smallest GPUs have (99 KB)
+// makes sure before that it fits.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
             Arguments&&... arguments) {
-  TORCH_CHECK(shared_bytes + 4096 <= max_shared_bytes(), "these sizes need ",
-              shared_bytes, " bytes of shared memory, this GPU has ", max_shared_bytes(),
-              "; use fewer groups, a smaller head dim or the reference back end");
+  TORCH_INTERNAL_ASSERT(fits(shared_bytes), "a kernel needs ", shared_bytes,
+                        " bytes of shared memory, this GPU has ", max_shared_bytes());
   start(kernel, grid, threads, shared_bytes, std::forward<Arguments>(arguments)...);
 }
 
@@ -119,4 +124,4 @@ inline int64_t tokens_per_block(int64_t num_tokens, int64_t heads, int64_t step)
   return ceil_div(ceil_div(num_tokens, ceil_div(num_tokens, step * steps)), 32) * 32;
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 // Whether these kernels serve (B,H,L,D) tokens.
 bool has_few_tokens(const at::Tensor& tokens);
@@ -15,11 +15,19 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& index, double scale, at::Tensor& out,
                       at::Tensor& logsumexp);
 
+// Assigns, selects and attends in one go; centroids and results as in
+// dynamic_group_attention.h.
+void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
+                       const at::Tensor& value, const at::Tensor& centroids,
+                       int64_t num_keys, double scale, at::Tensor& out,
+                       at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks);
+
+// `choice` is index (B,H,G,K) or, if `from_masks`, the masks of choose_and_attend.
 void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
                                const at::Tensor& key, const at::Tensor& value,
-                               const at::Tensor& group, const at::Tensor& index,
+                               const at::Tensor& group, const at::Tensor& choice,
                                const at::Tensor& out, const at::Tensor& logsumexp,
-                               double scale, at::Tensor& grad_query, at::Tensor& grad_key,
-                               at::Tensor& grad_value);
+                               double scale, bool from_masks, at::Tensor& grad_query,
+                               at::Tensor& grad_key, at::Tensor& grad_value);
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

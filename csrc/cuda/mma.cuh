@@ -10,7 +10,7 @@
 
 #include "ptx.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 using bfloat16 = __nv_bfloat16;
 
@@ -116,4 +116,4 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<float>& a,
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -58,6 +58,21 @@ __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   return bits;
 }
 
+// x, of which the compiler does not know that a loop leaves it as it is: what is
+// computed from x is computed in every pass instead of kept in registers.
+__device__ __forceinline__ float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
+// The sign bit of byte kByte of x in all bits of the top byte; zeros below.
+template <int kByte>
+__device__ __forceinline__ uint32_t top_sign_byte(uint32_t x) {
+  uint32_t bits;
+  asm("prmt.b32 %0, %1, 0, %2;\n" : "=r"(bits) : "r"(x), "n"((8 | kByte) << 12 | 0x444));
+  return bits;
+}
+
 // 2^x, denormal results being zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

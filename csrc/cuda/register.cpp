@@ -4,9 +4,9 @@
 #include "pytorch_device_registry.hpp"
 
 #ifdef MMDGT_EMULATE
-#define REGISTER(op) REGISTER_DEVICE_IMPL(op##_impl, CPU, op##_cuda)
+#define REGISTER(op) REGISTER_DEVICE_IMPL(op##_impl, CPU, cuda::op##_cuda)
 #else
-#define REGISTER(op) REGISTER_DEVICE_IMPL(op##_impl, CUDA, op##_cuda)
+#define REGISTER(op) REGISTER_DEVICE_IMPL(op##_impl, CUDA, cuda::op##_cuda)
 #endif
 
 namespace mmdgt {
@@ -15,5 +15,7 @@ REGISTER(assign_queries);
 REGISTER(select_keys);
 REGISTER(group_attention);
 REGISTER(group_attention_backward);
+REGISTER(choose_and_attend);
+REGISTER(choose_and_attend_backward);
 
 }  // namespace mmdgt

@@ -6,12 +6,26 @@
 
 #include "mma.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 // Grids are (blocks of a head, H, B): this is the block's head among all B * H.
 __device__ __forceinline__ int64_t own_head() {
   return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
+
+// The sizes of a head: L, G, K and D.
+struct Sizes {
+  int num_tokens, num_groups, num_keys, dim;
+
+  Sizes(int64_t num_tokens, int64_t num_groups, int64_t num_keys, int64_t dim = 0)
+      : num_tokens(static_cast<int>(num_tokens)),
+        num_groups(static_cast<int>(num_groups)),
+        num_keys(static_cast<int>(num_keys)),
+        dim(static_cast<int>(dim)) {}
+  // tokens (B,H,L,D)
+  Sizes(const at::Tensor& tokens, int64_t num_groups, int64_t num_keys)
+      : Sizes(tokens.size(2), num_groups, num_keys, tokens.size(3)) {}
+};
 
 // A (B,H,L,D) tensor of any strides but the last, which is 1.
 template <typename T>
@@ -44,6 +58,12 @@ inline at::Tensor aligned_rows(const at::Tensor& tokens) {
                        tokens.stride(0) % step == 0 && tokens.stride(1) % step == 0 &&
                        tokens.stride(2) % step == 0 && tokens.stride(2) < 1 << 29;
   return aligned ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
+}
+
+// Kernels read two elements of a centroid at a time.
+inline at::Tensor aligned_centroids(const at::Tensor& centroids) {
+  const bool aligned = reinterpret_cast<uintptr_t>(centroids.data_ptr()) % 8 == 0;
+  return aligned ? centroids : centroids.clone();
 }
 
 // A row as operand of products over D. Of every 32 elements a thread holds the
@@ -100,7 +120,17 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
                                                   const RowFragment<T, D>& high,
                                                   int step) {
   const int block = step / 2, i = 2 * (step % 2);
-  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+  FragmentA<T> a{
+      {low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+  if constexpr (sizeof(T) == 4 && D > 32) {
+    // Kept through a loop, the two tf32 of every element would not fit in registers.
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a.x[j].x = ptx::opaque(a.x[j].x);
+      a.x[j].y = ptx::opaque(a.x[j].y);
+    }
+  }
+  return a;
 }
 
 // Rows in shared memory, their 16 byte chunks permuted such that neither reading
@@ -129,17 +159,16 @@ struct SharedRows {
   }
 
   __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
-    constexpr int kVectors = sizeof(Pair<T>) / 4;
-    const int q = threadIdx.x % 4;
     RowFragment<T, D> fragment;
 #pragma unroll
-    for (int block = 0; block < D / 32; ++block) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        *(reinterpret_cast<uint4*>(fragment.x[block]) + v) =
-            ptx::load_shared_16_bytes(address(row, (4 * block + q) * kVectors + v));
-      }
-    }
+    for (int block = 0; block < D / 32; ++block)
+      load_block(row, block, fragment.x[block]);
+    return fragment;
+  }
+  // 32 of the elements, for rows that need not be in registers as a whole.
+  __device__ __forceinline__ RowFragment<T, 32> load_block(int row, int block) const {
+    RowFragment<T, 32> fragment;
+    load_block(row, block, fragment.x[0]);
     return fragment;
   }
 
@@ -167,6 +196,14 @@ struct SharedRows {
   }
 
  private:
+  __device__ __forceinline__ void load_block(int row, int block, Pair<T> (&x)[4]) const {
+    constexpr int kVectors = sizeof(Pair<T>) / 4;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      *(reinterpret_cast<uint4*>(x) + v) = ptx::load_shared_16_bytes(
+          address(row, (4 * block + threadIdx.x % 4) * kVectors + v));
+    }
+  }
   __device__ __forceinline__ float element(int row, int column) const {
     return ptx::load_shared(address(row, column / 4) + column % 4 * 4);
   }
@@ -182,13 +219,15 @@ struct RowGather {
   static constexpr int kCopies = (kRows + kStep - 1) / kStep;
 
   int token[kCopies];  // -1 for none
+  int last;            // no token may exceed it, lest it do harm
 
-  // tokens[0..count) of which none may exceed `last`, lest it do harm.
+  // tokens[0..count). Nothing is done with them yet, so that nothing waits for them.
   __device__ __forceinline__ void look_up(const int* tokens, int count, int last) {
+    this->last = last;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = threadIdx.x / kChunks + i * kStep;
-      token[i] = row < min(count, kRows) ? min(tokens[row], last) : -1;
+      token[i] = row < min(count, kRows) ? tokens[row] : -1;
     }
   }
 
@@ -203,7 +242,7 @@ struct RowGather {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if ((i + 1) * kStep > kRows && first + i * kStep >= kRows) break;
-      const uint32_t at = max(token[i], 0);
+      const uint32_t at = min(max(token[i], 0), last);
       // Rows a multiple of 8 apart share their permutation.
       const uint32_t target =
           kStep % 8 == 0
@@ -270,4 +309,4 @@ __device__ __forceinline__ void store_row(const float (&c)[D / 8][4], int half,
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

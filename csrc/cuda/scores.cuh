@@ -3,7 +3,7 @@
 
 #include "rows.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 // How many numbers of type T hold one float32 centroid element: a token's
 // elements are exact in T, so the scores are as accurate as this sum.
@@ -44,29 +44,33 @@ struct CentroidOperands {
     const int lanes = tiles * kSteps * 32;
     for (int i = threadIdx.x; i < lanes; i += blockDim.x) {
       const int lane = i % 32, step = i / 32 % kSteps, tile = i / 32 / kSteps;
-      FragmentA<T> operand[kTerms<T>];
+      // All loads first: they are under way at once.
+      float2 rest[4];
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int group = first + 16 * tile + lane / 4 + 8 * (x % 2);
         // The elements that RowFragment puts there.
         const int column =
             32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2) + 2 * (x / 2);
-        float rest[2];
+        rest[x] = make_float2(0.f, 0.f);
+        if (group < num_groups && column < dim) {
+          rest[x] = *reinterpret_cast<const float2*>(centroids + group * dim + column);
+        }
+        if (group >= num_groups) rest[x].x = __int_as_float(0x7fc00000);
+      }
+      FragmentA<T> operand[kTerms<T>];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          rest[i] = group >= num_groups ? __int_as_float(0x7fc00000)
-                    : column + i < dim  ? centroids[group * dim + column + i]
-                                        : 0.f;
-          if (nan_group != nullptr && group < num_groups && isnan(rest[i])) {
-            atomicMin(nan_group, group);
-          }
+      for (int x = 0; x < 4; ++x) {
+        const int group = first + 16 * tile + lane / 4 + 8 * (x % 2);
+        if (nan_group != nullptr && group < num_groups && isnan(rest[x].x + rest[x].y)) {
+          atomicMin(nan_group, group);
         }
 #pragma unroll
         for (int term = 0; term < kTerms<T>; ++term) {
-          operand[term].x[x] = pack<T>(rest[0], rest[1]);
+          operand[term].x[x] = pack<T>(rest[x].x, rest[x].y);
           const float2 taken = unpack<T>(operand[term].x[x]);
-          rest[0] -= taken.x;
-          rest[1] -= taken.y;
+          rest[x].x -= taken.x;
+          rest[x].y -= taken.y;
         }
       }
 #pragma unroll
@@ -101,6 +105,142 @@ __device__ __forceinline__ void score_tokens(const CentroidOperands<T, D>& centr
   }
 }
 
+// One step of a reduction over the lanes that hold the groups: halves the columns
+// that a lane is responsible for, as long as there are several.
+template <int kBit, int kColumns, int kAll>
+__device__ __forceinline__ void reduce_columns(float (&best)[kAll], int (&group)[kAll],
+                                               int& column) {
+  constexpr int kKept = kColumns > 1 ? kColumns / 2 : 1;
+  const bool upper = kColumns > 1 && (threadIdx.x & kBit);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    constexpr int kOther = kColumns > 1 ? kKept : 0;
+    const float sent = upper ? best[i] : best[i + kOther];
+    const int sent_group = upper ? group[i] : group[i + kOther];
+    if (upper) {
+      best[i] = best[i + kOther];
+      group[i] = group[i + kOther];
+    }
+    const float other = __shfl_xor_sync(~0u, sent, kBit);
+    const int other_group = __shfl_xor_sync(~0u, sent_group, kBit);
+    // The lowest group wins a tie.
+    if (other > best[i] || (other == best[i] && other_group < group[i])) {
+      best[i] = other;
+      group[i] = other_group;
+    }
+  }
+  if (upper) column += kKept;
+}
+
+// The best groups of 8 * N tokens, whose scores come a tile of 16 groups at a time.
+template <int N>
+struct NearestGroups {
+  // Tokens of a lane after the reduction: from own_column() on, in columns of which
+  // the i-th stands for token 8 * (i / 2) + 2 * (lane % 4) + i % 2.
+  static constexpr int kOwn = 2 * N > 8 ? N / 4 : 1;
+
+  float best[2 * N];
+  int group[2 * N];
+  int column = 0;
+
+  __device__ __forceinline__ NearestGroups() {
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      best[i] = -INFINITY;
+      group[i] = 0;
+    }
+  }
+  __device__ __forceinline__ void add(const float (&score)[N][4], int tile) {
+    const int low = 16 * tile + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      if (score[i / 2][i % 2] > best[i]) {
+        best[i] = score[i / 2][i % 2];
+        group[i] = low;
+      }
+      if (score[i / 2][2 + i % 2] > best[i]) {
+        best[i] = score[i / 2][2 + i % 2];
+        group[i] = low + 8;
+      }
+    }
+  }
+  // By a whole warp; then group[0..kOwn) are those of the own tokens.
+  __device__ __forceinline__ void reduce() {
+    reduce_columns<16, 2 * N>(best, group, column);
+    reduce_columns<8, (2 * N > 2 ? N : 1)>(best, group, column);
+    reduce_columns<4, (2 * N > 4 ? N / 2 : 1)>(best, group, column);
+  }
+  // Whether this lane is the first that has its tokens: there may be fewer columns than
+  // lanes.
+  __device__ __forceinline__ bool owns_tokens() const {
+    constexpr int kShared = N >= 4 ? 0 : N == 2 ? 4 : 12;
+    return (threadIdx.x & kShared) == 0;
+  }
+  __device__ __forceinline__ int own_token(int i) const {
+    const int c = column + i;
+    return 8 * (c / 2) + 2 * (threadIdx.x % 4) + c % 2;
+  }
+};
+
+// The lane whose own token is `token` after NearestGroups<4>::reduce().
+__device__ __forceinline__ int lane_of_token(int token) {
+  return (token & 24) | (token & 1) << 2 | (token >> 1 & 3);
+}
+
+// The score of one token as plain multiply-adds.
+template <typename T>
+__device__ __forceinline__ float plain_score(const T* token, const float* centroid,
+                                             int dim) {
+  float sum = 0.f;
+  for (int c = 0; c < dim; c += 8) {
+    Pair<T> pairs[4];
+#pragma unroll
+    for (int v = 0; v < static_cast<int>(sizeof(Pair<T>) / 4); ++v) {
+      reinterpret_cast<uint4*>(pairs)[v] =
+          __ldg(reinterpret_cast<const uint4*>(token + c) + v);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack<T>(pairs[i]);
+      sum = fmaf(x.x, centroid[c + 2 * i], sum);
+      sum = fmaf(x.y, centroid[c + 2 * i + 1], sum);
+    }
+  }
+  return sum;
+}
+
+// Whether a token's score by the first group of a tile is not finite. Then the token
+// or a centroid holds an infinity or a NaN. The same for the whole warp.
+template <int N>
+__device__ __forceinline__ bool has_infinity(const float (&score)[N][4]) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) finite &= fabsf(score[i / 2][i % 2]) <= 3e38f;
+  return __ballot_sync(~0u, threadIdx.x % 32 < 4 && !finite) != 0;
+}
+
+// Terms of either sign times an infinity add up to NaN. Computes such scores of a tile
+// of groups from `first_group` on once more, by the centroids (G,D) of the head.
+template <typename T, int N, typename TokenAt>
+__device__ __forceinline__ void repair_scores(float (&score)[N][4],
+                                              const Rows<const T>& rows,
+                                              const float* centroids, int first_group,
+                                              const Sizes& sizes, TokenAt&& token_at) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1  // rare, so short
+  for (int i = 0; i < 4 * N; ++i) {
+    const int group = first_group + lane / 4 + 8 * (i % 4 / 2);
+    const int token = token_at(8 * (i / 4) + 2 * (lane % 4) + i % 2);
+    if (group >= sizes.num_groups || token < 0) continue;
+    const float again = plain_score(rows.row(rows.head(), token),
+                                    centroids + group * sizes.dim, sizes.dim);
+#pragma unroll
+    for (int j = 0; j < 4 * N; ++j) {
+      if (j == i && isnan(score[j / 4][j % 4])) score[j / 4][j % 4] = again;
+    }
+  }
+}
+
 // Loads the operand rows of 8 * N tokens of one head, the i-th of which is
 // token_at(i); negative ones are zero.
 template <typename T, int D, int N, typename TokenAt>
@@ -110,12 +250,10 @@ __device__ __forceinline__ void load_tokens(RowFragment<T, D> (&tokens)[N], cons
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int token = token_at(8 * n + threadIdx.x % 32 / 4);
-    if (token >= 0) {
-      tokens[n].load(head + static_cast<int64_t>(token) * token_stride, dim);
-    } else {
-      tokens[n].clear();
-    }
+    // Loads without branches are under way together.
+    tokens[n].load(head + static_cast<int64_t>(max(token, 0)) * token_stride, dim);
+    if (token < 0) tokens[n].clear();
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -13,12 +13,19 @@
 #include "scores.cuh"
 #include "threshold.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxMappedTokens = 1 << 17;  // 32 KB of shared memory
+
+// How many keys to sample, and how many of them are to reach the threshold.
+struct Plan {
+  int samples;       // 0: all keys are candidates
+  int fewest, most;  // samples beyond the threshold
+  int capacity;      // room for candidates of a group; 0: no plan serves
+};
 
 struct Candidate {
   float score;
@@ -38,16 +45,21 @@ __device__ __forceinline__ int sampled_token(uint32_t i, uint32_t num_tokens) {
 // threads of the block, which has to wait before it reads them.
 template <typename T, int D, int kRows, int kColumns, typename TokenAt>
 __device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operands,
-                                           const T* head, int token_stride, int dim,
-                                           float* scores, TokenAt&& token_at) {
+                                           const Rows<const T>& key,
+                                           const float* centroids, int first_group,
+                                           const Sizes& sizes, float* scores,
+                                           TokenAt&& token_at) {
   constexpr int N = kTokenTiles<T, D>;
   const int lane = threadIdx.x % 32;
   for (int from = threadIdx.x / 32 * 8 * N; from < kColumns; from += blockDim.x / 4 * N) {
     RowFragment<T, D> tokens[N];
-    load_tokens(tokens, head, token_stride, dim,
-                [&](int i) { return token_at(from + i); });
+    const auto own_token_at = [&](int i) { return token_at(from + i); };
+    load_tokens(tokens, key.head(), key.token_stride, sizes.dim, own_token_at);
     float score[N][4];
     score_tokens<T, D, N>(operands, 0, tokens, score);
+    if (has_infinity(score)) {
+      repair_scores(score, key, centroids, first_group, sizes, own_token_at);
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int column = from + 8 * n + 2 * (lane % 4);
@@ -70,27 +82,27 @@ __device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operand
 template <typename T, int D, int kSamples, int kRows>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
-                  Threshold* __restrict__ threshold, int* __restrict__ count,
-                  int num_tokens, int num_groups, int dim, int samples, int fewest,
-                  int most) {
+                  Threshold* __restrict__ threshold, int* __restrict__ count, Sizes sizes,
+                  Plan plan) {
   char* shared = dynamic_shared();
   __shared__ uint32_t scratch[2][kWarps];
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
   const int first = blockIdx.x * kRows;
-  const int64_t row = own_head() * num_groups + first;
-  const int rows = min(num_groups - first, kRows);
+  const int64_t row = own_head() * sizes.num_groups + first;
+  const int rows = min(sizes.num_groups - first, kRows);
 
   if (threadIdx.x < rows) {
     count[row + threadIdx.x] = 0;
-    if (samples == 0) threshold[row + threadIdx.x] = {0, 0};
+    if (plan.samples == 0) threshold[row + threadIdx.x] = {0, 0};
   }
-  if (samples == 0) return;
-  operands.fill(centroids + blockIdx.y * num_groups * dim, first, 1, num_groups, dim);
+  if (plan.samples == 0) return;
+  centroids += blockIdx.y * sizes.num_groups * sizes.dim;
+  operands.fill(centroids, first, 1, sizes.num_groups, sizes.dim);
   __syncthreads();
   score_rows<T, D, kRows, kSamples>(
-      operands, key.head(), key.token_stride, dim, scores,
-      [&](int i) { return sampled_token<kSamples>(i, num_tokens); });
+      operands, key, centroids, first, sizes, scores,
+      [&](int i) { return sampled_token<kSamples>(i, sizes.num_tokens); });
   __syncthreads();
 
   // Threads of a row: the fewer, the more rows share the cost of a step.
@@ -108,9 +120,9 @@ __global__ void __launch_bounds__(kThreads)
         bits, kPerThread,
         [&](int i) {
           return static_cast<uint32_t>(
-              sampled_token<kSamples>(i * kGroup + own, num_tokens));
+              sampled_token<kSamples>(i * kGroup + own, sizes.num_tokens));
         },
-        fewest, most, static_cast<uint32_t>(num_tokens), reduce);
+        plan.fewest, plan.most, static_cast<uint32_t>(sizes.num_tokens), reduce);
     if (own == 0) threshold[row + r] = found;
   }
 }
@@ -120,37 +132,38 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int D, int kTokens, int kTeam>
 __global__ void __launch_bounds__(kTeam * 16)
     select_few_kernel(Rows<const T> key, const float* __restrict__ centroids,
-                      int* __restrict__ index, int num_tokens, int num_groups,
-                      int num_keys, int dim) {
+                      int* __restrict__ index, Sizes sizes) {
   constexpr int kRows = 16;
   constexpr int kPerThread = kTokens / kTeam;
   char* shared = dynamic_shared();
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
   auto* scores = reinterpret_cast<float*>(shared + CentroidOperands<T, D>::kTileBytes);
   const int first = blockIdx.x * kRows;
-  operands.fill(centroids + blockIdx.y * num_groups * dim, first, 1, num_groups, dim);
+  centroids += blockIdx.y * sizes.num_groups * sizes.dim;
+  operands.fill(centroids, first, 1, sizes.num_groups, sizes.dim);
   __syncthreads();
-  score_rows<T, D, kRows, kTokens>(operands, key.head(), key.token_stride, dim, scores,
-                                   [&](int i) { return i < num_tokens ? i : -1; });
+  score_rows<T, D, kRows, kTokens>(operands, key, centroids, first, sizes, scores,
+                                   [&](int i) { return i < sizes.num_tokens ? i : -1; });
   __syncthreads();
 
   TeamReducer<kTeam> reduce(nullptr);
   const int lane = threadIdx.x % kTeam, row = threadIdx.x / kTeam;
   const int shift = threadIdx.x % 32 - lane;  // of the team within the warp
-  const bool exists = first + row < num_groups;
+  const bool exists = first + row < sizes.num_groups;
   uint32_t bits[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int token = kTeam * i + lane;
-    bits[i] =
-        token < num_tokens ? candidate_bits(scores[row * (kTokens + 8) + token]) : 0;
+    bits[i] = token < sizes.num_tokens
+                  ? candidate_bits(scores[row * (kTokens + 8) + token])
+                  : 0;
   }
   const Threshold found = find_threshold<kTeam>(
-      bits, (num_tokens + kTeam - 1) / kTeam,
-      [&](int i) { return static_cast<uint32_t>(kTeam * i + lane); }, num_keys, num_keys,
-      static_cast<uint32_t>(num_tokens), reduce);
+      bits, (sizes.num_tokens + kTeam - 1) / kTeam,
+      [&](int i) { return static_cast<uint32_t>(kTeam * i + lane); }, sizes.num_keys,
+      sizes.num_keys, static_cast<uint32_t>(sizes.num_tokens), reduce);
   __syncwarp();
-  int* own = index + (own_head() * num_groups + first + row) * num_keys;
+  int* own = index + (own_head() * sizes.num_groups + first + row) * sizes.num_keys;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const bool take = exists && bits[i] != 0 && found.chooses(bits[i], kTeam * i + lane);
@@ -168,47 +181,54 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
     collect_kernel(Rows<const T> key, const float* __restrict__ centroids,
                    const Threshold* __restrict__ threshold, int* __restrict__ count,
-                   Candidate* __restrict__ candidates, int num_tokens, int num_groups,
-                   int dim, int capacity, int chunk) {
+                   Candidate* __restrict__ candidates, Sizes sizes, int capacity,
+                   int chunk) {
   constexpr int N = kTokenTiles<T, D>;
   char* shared = dynamic_shared();
   __shared__ Threshold limits[256];  // of all groups
   const CentroidOperands<T, D> operands{reinterpret_cast<FragmentA<T>*>(shared)};
-  const int begin = blockIdx.x * chunk, end = min(begin + chunk, num_tokens);
-  const int tiles = (num_groups + 15) / 16;
+  const int begin = blockIdx.x * chunk, end = min(begin + chunk, sizes.num_tokens);
+  const int tiles = (sizes.num_groups + 15) / 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = own_head() * num_groups;
+  const int64_t row = own_head() * sizes.num_groups;
   const T* head = key.head();
 
   RowFragment<T, D> tokens[N];
   const auto load = [&](int first) {
-    load_tokens(tokens, head, key.token_stride, dim,
+    load_tokens(tokens, head, key.token_stride, sizes.dim,
                 [&](int i) { return first + i < end ? first + i : -1; });
   };
   load(begin + warp * 8 * N);
   bool tied = false;
-  if (threadIdx.x < num_groups) {
+  if (threadIdx.x < sizes.num_groups) {
     limits[threadIdx.x] = threshold[row + threadIdx.x];
     tied = limits[threadIdx.x].token_end != 0;
   }
   tied = __syncthreads_or(tied);
-  operands.fill(centroids + blockIdx.y * num_groups * dim, 0, tiles, num_groups, dim);
+  centroids += blockIdx.y * sizes.num_groups * sizes.dim;
+  operands.fill(centroids, 0, tiles, sizes.num_groups, sizes.dim);
   __syncthreads();
 
   count += row;
   candidates += row * capacity;
   for (int first = begin + warp * 8 * N; first < end; first += kWarps * 8 * N) {
     const bool careful = tied || first + 8 * N > end;
+    bool infinite = false;
     const uint32_t own_token = first + 2 * (lane % 4);
     for (int tile = 0; tile < tiles; ++tile) {
       float score[N][4];
       score_tokens<T, D, N>(operands, tile, tokens, score);
+      if (tile == 0) infinite = has_infinity(score);
+      if (infinite) {
+        repair_scores(score, key, centroids, 16 * tile, sizes,
+                      [&](int i) { return first + i < end ? first + i : -1; });
+      }
       uint32_t mask[2];  // one bit per key of this thread, for both its groups
       int place[2], own[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int g = 16 * tile + lane / 4 + 8 * half;
-        const bool exists = g < num_groups;
+        const bool exists = g < sizes.num_groups;
         const Threshold limit = exists ? limits[g] : Threshold{0, 0};
         const float limit_score = score_of_bits(limit.bits);
         // NaN passes every comparison here.
@@ -260,27 +280,6 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
       }
     }
   }
-}
-
-// The score of one key as plain multiply-adds.
-template <typename T>
-__device__ float plain_score(const T* key, const float* centroid, int dim) {
-  float sum = 0.f;
-  for (int c = 0; c < dim; c += 8) {
-    Pair<T> pairs[4];
-#pragma unroll
-    for (int v = 0; v < static_cast<int>(sizeof(Pair<T>) / 4); ++v) {
-      reinterpret_cast<uint4*>(pairs)[v] =
-          __ldg(reinterpret_cast<const uint4*>(key + c) + v);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack<T>(pairs[i]);
-      sum = fmaf(x.x, centroid[c + 2 * i], sum);
-      sum = fmaf(x.y, centroid[c + 2 * i + 1], sum);
-    }
-  }
-  return sum;
 }
 
 // Finds the K best of all keys of one head, eight bits of the threshold a pass, and
@@ -349,17 +348,16 @@ template <typename T, int kGroup, int kPerThread>
 __global__ void __launch_bounds__(kGroup)
     choose_kernel(Rows<const T> key, const float* __restrict__ centroids,
                   const int* __restrict__ count, const Candidate* __restrict__ candidates,
-                  int* __restrict__ index, int num_tokens, int num_groups, int num_keys,
-                  int dim, int list_size, bool sorted) {
+                  int* __restrict__ index, Sizes sizes, int list_size, bool sorted) {
   constexpr int kCapacity = kGroup * kPerThread;
   char* shared = dynamic_shared();
   __shared__ uint32_t scratch[2][kGroup / 32];
   __shared__ int listed;
   auto* list = reinterpret_cast<uint64_t*>(shared);
-  const int64_t row = own_head() * num_groups + blockIdx.x;
+  const int64_t row = own_head() * sizes.num_groups + blockIdx.x;
   TeamReducer<kGroup> reduce(scratch);
   const int n = count[row];
-  index += row * num_keys;
+  index += row * sizes.num_keys;
   candidates += row * kCapacity;
 
   const auto entry = [&](uint32_t bits, uint32_t token) {
@@ -368,15 +366,16 @@ __global__ void __launch_bounds__(kGroup)
     return sorted ? rank : token;
   };
   if (threadIdx.x == 0) listed = 0;
-  if (n < num_keys || n > kCapacity) {
+  if (n < sizes.num_keys || n > kCapacity) {
     __shared__ uint32_t histogram[256];
-    const float* centroid = centroids + (blockIdx.y * num_groups + blockIdx.x) * dim;
+    const float* centroid =
+        centroids + (blockIdx.y * sizes.num_groups + blockIdx.x) * sizes.dim;
     const T* head = key.head();
     choose_from_all<kGroup>(
         [&](int token) {
-          return candidate_bits(plain_score(key.row(head, token), centroid, dim));
+          return candidate_bits(plain_score(key.row(head, token), centroid, sizes.dim));
         },
-        num_tokens, num_keys, histogram, reduce,
+        sizes.num_tokens, sizes.num_keys, histogram, reduce,
         [&](int place, uint32_t bits, uint32_t token) {
           if (list_size > 0) {
             list[place] = entry(bits, token);
@@ -398,8 +397,8 @@ __global__ void __launch_bounds__(kGroup)
       }
     }
     const Threshold found = find_threshold<kGroup>(
-        bits, (n + kGroup - 1) / kGroup, [&](int i) { return token[i]; }, num_keys,
-        num_keys, static_cast<uint32_t>(num_tokens), reduce);
+        bits, (n + kGroup - 1) / kGroup, [&](int i) { return token[i]; }, sizes.num_keys,
+        sizes.num_keys, static_cast<uint32_t>(sizes.num_tokens), reduce);
     uint32_t taken = 0;  // one bit per own candidate
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -408,7 +407,7 @@ __global__ void __launch_bounds__(kGroup)
     const auto chosen = [&](int i) { return taken >> i & 1; };
     __syncthreads();
     if (list_size == 0) {
-      const int words = (num_tokens + 31) / 32;
+      const int words = (sizes.num_tokens + 31) / 32;
       const int share = (words + kGroup - 1) / kGroup;
       const int first = min(static_cast<int>(threadIdx.x) * share, words);
       const int last = min(first + share, words);
@@ -443,20 +442,13 @@ __global__ void __launch_bounds__(kGroup)
       if (chosen(i)) list[atomicAdd(&listed, 1)] = entry(bits[i], token[i]);
     }
   }
-  for (int i = num_keys + threadIdx.x; i < list_size; i += kGroup) list[i] = ~0ull;
+  for (int i = sizes.num_keys + threadIdx.x; i < list_size; i += kGroup) list[i] = ~0ull;
   __syncthreads();
   bitonic_sort<kGroup>(list, list_size);
-  for (int i = threadIdx.x; i < num_keys; i += kGroup) {
+  for (int i = threadIdx.x; i < sizes.num_keys; i += kGroup) {
     index[i] = static_cast<int>(static_cast<uint32_t>(list[i]));
   }
 }
-
-// How many keys to sample, and how many of them are to reach the threshold.
-struct Plan {
-  int samples;       // 0: all keys are candidates
-  int fewest, most;  // samples beyond the threshold
-  int capacity;      // room for candidates of a group; 0: no plan serves
-};
 
 // The keys of the Top-K among the samples, and the candidates for a threshold taken
 // from them, vary like sums of rare events. Five deviations on either side
@@ -478,7 +470,7 @@ Plan make_plan(int64_t num_tokens, int64_t num_keys) {
   return {0, 0, 0, 0};
 }
 
-// For many keys of many: sort all scores, one image at a time.
+// For many keys of many, or little shared memory: sort all scores, one image at a time.
 at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
                              int64_t num_keys) {
   at::Tensor index = at::empty({key.size(0), key.size(1), centroids.size(1), num_keys},
@@ -497,17 +489,24 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
                             int64_t num_keys, bool sorted) {
   const c10::DeviceGuard guard(key.device());
   const int64_t B = key.size(0), H = key.size(1), L = key.size(2);
-  const int64_t G = centroids.size(1), D = key.size(3);
+  const int64_t G = centroids.size(1);
   const Plan plan = make_plan(L, num_keys);
-  if (plan.capacity == 0) return select_by_sorting(key, centroids, num_keys);
+  size_t shared_bytes = 0;  // of the kernel that needs most
+  dispatch_tokens(key, [&](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    shared_bytes = CentroidOperands<T, decltype(width)::value>::bytes(G);
+  });
+  if (plan.capacity == 0 || !fits(shared_bytes)) {
+    return select_by_sorting(key, centroids, num_keys);
+  }
   const auto ints = key.options().dtype(at::kInt);
   at::Tensor index = at::empty({B, H, G, num_keys}, ints);
   if (index.numel() == 0) return index;
 
   const at::Tensor rows = aligned_rows(key);
-  const float* centroid = centroids.const_data_ptr<float>();
-  const int groups = static_cast<int>(G), keys = static_cast<int>(num_keys);
-  const int tokens = static_cast<int>(L), dim = static_cast<int>(D);
+  const at::Tensor own = aligned_centroids(centroids);
+  const float* centroid = own.const_data_ptr<float>();
+  const Sizes sizes(key, G, num_keys);
   if (L <= 1024 && !sorted) {
     dispatch_tokens(rows, [&](auto type, auto width) {
       using T = typename decltype(type)::type;
@@ -519,8 +518,7 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
             select_few_kernel<T, kWidth, kTokens, kTeam>,
             grid_of_heads(ceil_div(G, 16), key), 16 * kTeam,
             CentroidOperands<T, kWidth>::kTileBytes + 16 * (kTokens + 8) * sizeof(float),
-            Rows<const T>(rows), centroid, index.mutable_data_ptr<int>(), tokens, groups,
-            keys, dim);
+            Rows<const T>(rows), centroid, index.mutable_data_ptr<int>(), sizes);
       };
       if (L <= 256) {
         return select(std::integral_constant<int, 256>(),
@@ -547,8 +545,7 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
       launch(sample_kernel<T, kWidth, kSamples, kRows>,
              grid_of_heads(ceil_div(G, kRows), key), kThreads,
              Operands::kTileBytes + kRows * (kSamples + 8) * sizeof(float), k, centroid,
-             threshold, count.mutable_data_ptr<int>(), tokens, groups, dim, plan.samples,
-             plan.fewest, plan.most);
+             threshold, count.mutable_data_ptr<int>(), sizes, plan);
     };
     if (plan.samples <= 512) {
       sample(std::integral_constant<int, 512>(), std::integral_constant<int, 16>());
@@ -565,7 +562,7 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
     const int64_t chunk = tokens_per_block(L, B * H, kWarps * 8 * kTokenTiles<T, kWidth>);
     launch(collect_kernel<T, kWidth>, grid_of_heads(ceil_div(L, chunk), key), kThreads,
            Operands::bytes(G), k, centroid, threshold, count.mutable_data_ptr<int>(),
-           candidate, tokens, groups, dim, plan.capacity, static_cast<int>(chunk));
+           candidate, sizes, plan.capacity, static_cast<int>(chunk));
 
     int list_size = 0;
     if (sorted || L > kMaxMappedTokens) {
@@ -576,8 +573,8 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
                                        : 2 * ceil_div(L, 32) * sizeof(uint32_t);
     const auto choose = [&](auto kernel, int threads) {
       launch(kernel, grid_of_heads(G, key), threads, bytes, k, centroid,
-             count.const_data_ptr<int>(), candidate, index.mutable_data_ptr<int>(),
-             tokens, groups, keys, dim, list_size, sorted);
+             count.const_data_ptr<int>(), candidate, index.mutable_data_ptr<int>(), sizes,
+             list_size, sorted);
     };
     if (plan.capacity == 512) {
       choose(choose_kernel<T, 32, 16>, 32);
@@ -590,4 +587,4 @@ at::Tensor select_keys_cuda(const at::Tensor& key, const at::Tensor& centroids,
   return index;
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

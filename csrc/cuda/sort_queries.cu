@@ -6,12 +6,17 @@
 
 #include "launch.cuh"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // at least the number of groups
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 4;  // tokens that a thread loads at once
+
+// A group out of range must not do harm: it counts as the nearest one.
+__device__ __forceinline__ int group_in_range(int group, int num_groups) {
+  return min(max(group, 0), num_groups - 1);
+}
 
 // sizes (B,H,chunks,G): the queries of every group in a chunk of tokens.
 __global__ void __launch_bounds__(kThreads)
@@ -24,8 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 #pragma unroll kBatch
   for (int token = begin + threadIdx.x; token < end; token += kThreads) {
-    const int g = group[token];
-    CUDA_KERNEL_ASSERT(g >= 0 && g < num_groups);
+    const int g = group_in_range(group[token], num_groups);
     atomicAdd(&size[g], 1);
   }
   __syncthreads();
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
   int* own = next + warp * num_groups;
 #pragma unroll kBatch
   for (int token = begin + lane; token < end; token += 32) {
-    atomicAdd(&own[group[token]], 1);
+    atomicAdd(&own[group_in_range(group[token], num_groups)], 1);
   }
   const int start = exclusive_sum(total, scratch);
   __syncthreads();
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int token = first + 32 * i + lane;
-      g[i] = token < end ? group[token] : -1;
+      g[i] = token < end ? group_in_range(group[token], num_groups) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -159,7 +163,74 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kWindow = 4096;  // tokens of a block
+
+// One counting sort of all choices of a head, in windows of tokens.
+__global__ void __launch_bounds__(kThreads)
+    sort_choices_kernel(const int* __restrict__ index, int* __restrict__ begins,
+                        int2* __restrict__ choosers, Sizes sizes) {
+  __shared__ int next[kWindow];
+  __shared__ int scratch[kWarps], smaller;
+  const int num_choices = sizes.num_groups * sizes.num_keys;
+  const int first = blockIdx.x * kWindow;
+  const int count = min(sizes.num_tokens - first, kWindow);
+  index += own_head() * num_choices;
+  choosers += own_head() * num_choices;
+  begins += own_head() * (sizes.num_tokens + 1);
+  // A token out of range must not do harm.
+  const auto token_of = [&](int choice) {
+    return min(max(choice, 0), sizes.num_tokens - 1) - first;
+  };
+
+  for (int i = threadIdx.x; i < kWindow; i += kThreads) next[i] = 0;
+  if (threadIdx.x == 0) smaller = 0;
+  __syncthreads();
+  int own_smaller = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < num_choices; i += kThreads) {
+    const int token = token_of(index[i]);
+    own_smaller += token < 0;
+    if (token >= 0 && token < count) atomicAdd(&next[token], 1);
+  }
+  atomicAdd(&smaller, own_smaller);
+  __syncthreads();
+  constexpr int kShare = kWindow / kThreads;
+  int sum = 0;
+  for (int i = 0; i < kShare; ++i) sum += next[threadIdx.x * kShare + i];
+  int at = smaller + exclusive_sum(sum, scratch);
+  for (int i = 0; i < kShare; ++i) {
+    const int token = threadIdx.x * kShare + i, size = next[token];
+    next[token] = at;
+    if (token < count) begins[first + token] = at;
+    at += size;
+  }
+  if (first + count == sizes.num_tokens && threadIdx.x == 0) {
+    begins[sizes.num_tokens] = num_choices;
+  }
+  // Group by group, so that a token's choices come in that order.
+  for (int g = 0; g < sizes.num_groups; ++g) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < sizes.num_keys; i += kThreads) {
+      const int token = token_of(index[g * sizes.num_keys + i]);
+      if (token >= 0 && token < count) {
+        choosers[atomicAdd(&next[token], 1)] = make_int2(g, i);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+SortedChoices sort_choices(const at::Tensor& index, int64_t num_tokens) {
+  const int64_t B = index.size(0), H = index.size(1);
+  const int64_t G = index.size(2), K = index.size(3);
+  SortedChoices sorted{at::empty({B, H, num_tokens + 1}, index.options()),
+                       at::empty({B, H, G * K, 2}, index.options())};
+  launch(sort_choices_kernel, grid_of_heads(ceil_div(num_tokens, kWindow), index),
+         kThreads, 0, index.const_data_ptr<int>(), sorted.begins.mutable_data_ptr<int>(),
+         static_cast<int2*>(sorted.choosers.data_ptr()), Sizes(num_tokens, G, K));
+  return sorted;
+}
 
 SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
                            int64_t part_size) {
@@ -192,4 +263,4 @@ SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t 
   return sorted;
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

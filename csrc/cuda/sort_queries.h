@@ -1,9 +1,10 @@
-// Queries ordered by group, for kernels that serve a group at a time.
+// Queries ordered by group, for kernels that serve a group at a time, and choices
+// ordered by token, for those that serve a token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 struct SortedQueries {
   at::Tensor order;    // (B,H,L) int32: tokens by group, then by token
@@ -22,4 +23,11 @@ inline int64_t max_tiles(int64_t num_tokens, int64_t num_groups, int64_t size) {
 SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
                            int64_t part_size = 0);
 
-}  // namespace mmdgt
+// The choices of index (B,H,G,K) int32 by token, then by group.
+struct SortedChoices {
+  at::Tensor begins;    // (B,H,L+1) int32: where each token's choices begin
+  at::Tensor choosers;  // (B,H,G*K,2) int32: the group, and the place in its row of K
+};
+SortedChoices sort_choices(const at::Tensor& index, int64_t num_tokens);
+
+}  // namespace mmdgt::cuda

@@ -4,7 +4,7 @@
 
 #include "../common/score_order.h"
 
-namespace mmdgt {
+namespace mmdgt::cuda {
 
 // Candidates with larger bits, and of those with these bits the tokens below
 // `token_end`, are chosen.
@@ -164,4 +164,4 @@ __device__ Threshold find_threshold(const uint32_t (&bits)[kPerThread], int used
   }
 }
 
-}  // namespace mmdgt
+}  // namespace mmdgt::cuda

@@ -74,8 +74,9 @@ int num_barriers, num_warp_syncs[kMaxThreads / 32];
 void switch_to(Thread& next) {
   Thread& last = *running;
   running = &next;
+  void* const stack = next.stack_pointer;  // read by the last fiber, not the next
   announce_switch(next.fiber);
-  mmdgt_switch_stacks(&last.stack_pointer, next.stack_pointer);
+  mmdgt_switch_stacks(&last.stack_pointer, stack);
 }
 
 // Runs another thread, the launcher if there is none.

@@ -26,6 +26,13 @@ inline uint32_t round_to_tf32(float x) {
   return std::isinf(x) ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
 
+inline float opaque(float x) { return x; }
+
+template <int kByte>
+uint32_t top_sign_byte(uint32_t x) {
+  return x >> (8 * kByte + 7) & 1 ? 0xff000000u : 0u;
+}
+
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import assign_and_sum, assign_queries, group_attention, select_keys
+from ..ops.backend import serves_few
+from ..ops.functional import choose_and_attend
 
 MAX_LOGIT_SCALE = 100.0  # of Swin Transformer V2, which starts at 10
 # An optimizer step changes a weight in place once or twice. So many changes without
@@ -118,8 +120,26 @@ class DynamicGroupAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
         query, key, value, scale = self.project(x)
-        group, index = self.choose(query, key)
-        return self.join(self.attend(query, key, value, group, index, scale), x.shape)
+        if self._one_kernel_serves(query):
+            out, *terms = choose_and_attend(
+                *(query, key, value, self.centroids, self.num_keys, scale),
+                with_sums=self.training,
+            )
+            if self.training:
+                self._keep_terms(*terms)
+        else:
+            group, index = self.choose(query, key)
+            out = self.attend(query, key, value, group, index, scale)
+        return self.join(out, x.shape)
+
+    def _one_kernel_serves(self, query: Tensor) -> bool:
+        # For both steps, so neither may be another one.
+        ours, own = DynamicGroupAttention, type(self)
+        return (
+            own.choose is ours.choose
+            and own.attend is ours.attend
+            and serves_few(query, self.centroids.shape[1])
+        )
 
     def choose(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Assign every query to a group and select every group's keys, eq. 1.
@@ -133,13 +153,16 @@ class DynamicGroupAttention(Attention):
         """
         if self.training:
             group, sums, counts = assign_and_sum(query, self.centroids)
-            self.group_sums.copy_(sums)
-            self.group_counts.copy_(counts)
-            if not torch.compiler.is_compiling():
-                self._warn_if_unmoved()
+            self._keep_terms(sums, counts)
         else:
             group = assign_queries(query, self.centroids)
         return group, select_keys(key, self.centroids, self.num_keys, sorted=False)
+
+    def _keep_terms(self, sums: Tensor, counts: Tensor) -> None:
+        self.group_sums.copy_(sums)
+        self.group_counts.copy_(counts)
+        if not torch.compiler.is_compiling():
+            self._warn_if_unmoved()
 
     def attend(
         self,

@@ -1,14 +1,16 @@
 """The Dynamic Group Transformer (DGT, Liu et al., IJCAI 2022) as a backbone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from .attention import DynamicGroupAttention, GlobalAttention
 from .blocks import Block, DropPath, Layer, LayerNorm2d, Stage, Stem
+from .checks import check_integers, check_rate, check_sequence
 from .deploy import Affine
 from .mixers import build_token_mixer
 
+MIN_SIZE = 32  # pixels a side of images
 LINEAR_STD = 0.02  # of the truncated normal that linear layers start from
 
 
@@ -106,14 +108,19 @@ class DGT(nn.Module):
         dims, depths, num_heads = arch['dims'], arch['depths'], arch['num_heads']
         post_norm = arch.get('post_norm', False)
         num_stages = len(dims)
-        _check_positive(num_groups=num_groups, num_keys=num_keys)
+        check_integers(
+            1, in_channels=in_channels, num_groups=num_groups, num_keys=num_keys
+        )
+        check_integers(-1, frozen_stages=frozen_stages)
+        check_sequence(0, out_indices=out_indices)
+        check_rate(drop_path_rate=drop_path_rate)
         self.out_indices = sorted(out_indices)
         if not out_indices or not set(out_indices) <= set(range(num_stages)):
             raise ValueError(
                 f'out_indices must name stages from 0 to {num_stages - 1}, got'
                 f' {tuple(out_indices)}'
             )
-        if not -1 <= frozen_stages <= num_stages:
+        if frozen_stages > num_stages:
             raise ValueError(
                 f'frozen_stages must be from -1 (none) to {num_stages} (all), got'
                 f' {frozen_stages}'
@@ -166,6 +173,10 @@ class DGT(nn.Module):
                     return settings
             known = ', '.join(repr(name) for names in cls.arch_zoo for name in names)
             raise ValueError(f'arch must be one of {known} or a dict, got {arch!r}')
+        if not isinstance(arch, Mapping):
+            raise TypeError(
+                f'arch must be a name or a dict, got {arch!r} ({type(arch).__name__})'
+            )
         required = {'dims', 'depths', 'num_heads', 'stem_dims'}
         given = set(arch)
         if not required <= given or not given <= required | {'post_norm'}:
@@ -173,7 +184,10 @@ class DGT(nn.Module):
                 f'arch must be a dict of {sorted(required)} and optionally'
                 f" 'post_norm', got {sorted(given)}"
             )
-        lengths = {key: len(arch[key]) for key in ('dims', 'depths', 'num_heads')}
+        sequences = {key: arch[key] for key in ('dims', 'depths', 'num_heads')}
+        check_sequence(1, **sequences)
+        check_integers(1, stem_dims=arch['stem_dims'])
+        lengths = {key: len(entries) for key, entries in sequences.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f'arch must give one value a stage for dims, depths and num_heads, got'
@@ -202,6 +216,11 @@ class DGT(nn.Module):
                 f'images must have shape (B, {self.in_channels}, H, W), got'
                 f' {tuple(x.shape)}; for other images set in_channels'
             )
+        if min(x.shape[2:]) < MIN_SIZE:
+            raise ValueError(
+                f'images must have at least {MIN_SIZE} pixels a side, got'
+                f' {tuple(x.shape)}; resize or pad them'
+            )
         x = self.stem(x)
         outs = []
         for i, stage in enumerate(self.stages):
@@ -227,7 +246,7 @@ class DGT(nn.Module):
         Args:
             num_keys (int): K, at least 1; clamped to the number of tokens.
         """
-        _check_positive(num_keys=num_keys)
+        check_integers(1, num_keys=num_keys)
         for module in self.modules():
             if isinstance(module, DynamicGroupAttention):
                 module.num_keys = num_keys
@@ -274,9 +293,3 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=LINEAR_STD)
         nn.init.zeros_(module.bias)
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f'{name} must be at least 1, got {number}')

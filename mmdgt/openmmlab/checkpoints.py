@@ -3,6 +3,7 @@
 import logging
 import zipfile
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from mmengine.fileio import get_local_path
@@ -10,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ..files import PART
 from ..models.blocks import refuse_old_weights
 
 NAMED = 3  # keys that a message names
@@ -157,6 +159,40 @@ def check_resumable(file: str, checkpoint: dict) -> None:
             f' to start a new one from its weights, run tools/train.py without'
             f' --resume and with --cfg-options load_from={file}'
         )
+
+
+def newest_checkpoint(folder: str | Path, trust: bool = False) -> Path | None:
+    """The checkpoint that was written last of those that training can go on from.
+
+    Args:
+        folder (str | Path): With ``*.pth``, and perhaps ``last_checkpoint``, which
+            names another folder.
+        trust (bool): As for :func:`read_checkpoint`.
+
+    Returns:
+        Path: None if there is no checkpoint at all.
+
+    Raises:
+        ValueError: If there are some, none of which will do.
+    """
+    folders, last = {Path(folder)}, Path(folder, 'last_checkpoint')
+    if last.is_file():
+        folders.add(Path(last.read_text().strip()).parent)
+    files = {file.resolve() for place in folders for file in place.glob('*.pth')}
+    files = {file for file in files if not file.name.startswith(PART)}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        try:
+            check_resumable(str(file), read_checkpoint(str(file), trust))
+        except ValueError as error:
+            print_log(f'Passed over: {error}', logger='current', level=logging.WARNING)
+            continue
+        return file
+    if files:
+        raise ValueError(
+            f'expected a checkpoint in {folder} to go on from, but none of its'
+            f' {len(files)} will do; the log says why. Move them away to start anew'
+        )
+    return None
 
 
 def load_from_plain_data(file: str, map_location: str | None = None) -> dict:

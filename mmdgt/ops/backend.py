@@ -15,6 +15,7 @@ BACKENDS = ('auto', 'fused', 'reference')
 
 _limits, _problem = extension.load()
 _kernel_devices = extension.devices()
+_devices_for_few = extension.devices('choose_and_attend')
 
 
 class _Choice(threading.local):
@@ -98,6 +99,19 @@ def why_not_fused(tokens: Tensor, num_groups: int) -> str | None:
             f'its kernels take up to {_limits["max_groups"]} groups, got {num_groups}'
         )
     return None
+
+
+def serves_few(tokens: Tensor, num_groups: int) -> bool:
+    """Whether one kernel assigns, selects and attends for these (B, H, L, D) tokens."""
+    return (
+        tokens.device.type in _devices_for_few
+        and _choice.name != 'reference'
+        and not torch.onnx.is_in_onnx_export()
+        and why_not_fused(tokens, num_groups) is None
+        and tokens.element_size() == 2
+        and tokens.shape[2] <= _limits['max_few_tokens']
+        and tokens.shape[3] <= _limits['max_few_head_dim']
+    )
 
 
 def channels_served(name: str, x: Tensor, channels: int) -> bool:

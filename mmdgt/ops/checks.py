@@ -1,5 +1,6 @@
 """Checks of what the public functions are given: expected, got, what to do."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 def check_tokens(**tensors: Tensor) -> None:
     """All (B, H, L, D), of one shape, floating point type and device."""
     (first_name, first), *others = tensors.items()
+    for name, x in tensors.items():
+        _check_tensor(name, x)
     if first.ndim != 4:
         raise ValueError(
             f'{first_name} must have shape (B, H, L, D), got {tuple(first.shape)}'
@@ -28,6 +31,7 @@ def check_tokens(**tensors: Tensor) -> None:
 
 def check_centroids(centroids: Tensor, tokens: Tensor) -> None:
     """(H, G, D) floating point, on the device of the tokens (B, H, L, D)."""
+    _check_tensor('centroids', centroids)
     _, H, _, D = tokens.shape
     if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (H, D):
         raise ValueError(
@@ -42,13 +46,25 @@ def check_centroids(centroids: Tensor, tokens: Tensor) -> None:
 
 
 def check_num_keys(num_keys: int) -> None:
-    """K of at least 1."""
+    """K, a whole number of at least 1."""
+    if isinstance(num_keys, bool) or not isinstance(num_keys, (int, torch.SymInt)):
+        raise TypeError(f'num_keys (K) must be an integer, got {num_keys!r}')
     if num_keys < 1:
         raise ValueError(f'num_keys (K) must be at least 1, got {num_keys}')
 
 
+def check_scale(scale: float) -> None:
+    """A number; while compiling it may be unknown."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f'scale must be a number or None, got {scale!r}')
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f'scale must be finite, got {scale}')
+
+
 def check_choice(group: Tensor, index: Tensor, tokens: Tensor) -> None:
     """Group (B, H, L) and index (B, H, G, K), integer, beside tokens (B, H, L, D)."""
+    _check_tensor('group', group)
+    _check_tensor('index', index)
     if index.ndim != 4:
         raise ValueError(
             f'index must have shape (B, H, G, K), got {tuple(index.shape)}'
@@ -65,6 +81,11 @@ def check_range(group: Tensor, index: Tensor, tokens: Tensor) -> None:
     """
     _check_values('group', group, index.shape[2], 'groups (index.shape[2])')
     _check_values('index', index, tokens.shape[2], 'tokens (query.shape[2])')
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f'{name} must be a tensor, got {type(x).__name__}')
 
 
 def _check_integers(name: str, x: Tensor, tokens: Tensor, shape: Sequence[int]) -> None:

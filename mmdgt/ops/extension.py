@@ -45,10 +45,10 @@ def load() -> tuple[dict, str | None]:
     return limits, problem
 
 
-def devices() -> list[str]:
-    """The types of device that the loaded extension has kernels for."""
+def devices(operator: str = 'group_attention') -> list[str]:
+    """The types of device that the loaded extension has kernels of an operator for."""
     return [
         key.lower()
         for key in ('CPU', 'CUDA')
-        if torch._C._dispatch_has_kernel_for_dispatch_key('mmdgt::group_attention', key)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f'mmdgt::{operator}', key)
     ]

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backend, checks
+from . import backend, checks, library
 
 
 def assign_queries(query: Tensor, centroids: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def group_attention(
 
     ``out[b, h, l] = softmax(scale * query[b, h, l] . key[b, h, i]) value[b, h, i]``
     over ``i in index[b, h, group[b, h, l]]``, computed in float32 or better.
-    Differentiable in query, key and value.
+    Differentiable in query, key and value, once by the kernels.
 
     Args:
         query, key, value (Tensor): (B, H, L, D), one floating point type, on one
@@ -105,11 +105,46 @@ def group_attention(
     checks.check_choice(group, index, query)
     if check_range:
         checks.check_range(group, index, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        checks.check_scale(scale)
     run = backend.function('group_attention', query, index.shape[2])
     with backend.without_autocast(query):
         rows = map(_row_major, (query, key, value))
-        return run(*rows, group.int().contiguous(), index.int().contiguous(), scale)[0]
+        choice = group.int().contiguous(), index.int().contiguous()
+        return run(*rows, *choice, float(scale))[0]
+
+
+def choose_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Tensor,
+    num_keys: int,
+    scale: float | None,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign, select and attend in one launch, where :func:`backend.serves_few`.
+
+    Args:
+        query, key, value (Tensor): As for :func:`group_attention`.
+        centroids (Tensor): As for :func:`assign_queries`.
+        num_keys (int): As for :func:`select_keys`.
+        scale (float, optional): As for :func:`group_attention`.
+        with_sums (bool): Whether to return the terms of eq. 3 too.
+
+    Returns:
+        tuple: ``out`` (B, H, L, D); ``sums`` (H, G, D) and ``counts`` (H, G) as from
+        :func:`assign_and_sum`, empty unless asked for.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows = map(_row_major, (query, key, value))
+    centroids = centroids.detach().float().contiguous()
+    out, _, _, _, *terms = library.ops.choose_and_attend(
+        *rows, centroids, num_keys, scale, with_sums
+    )
+    return out, *terms
 
 
 def _assign(query: Tensor, centroids: Tensor, with_sums: bool) -> Any:

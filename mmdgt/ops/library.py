@@ -30,7 +30,18 @@ _SCHEMAS = {
         ' Tensor index, Tensor out, Tensor logsumexp, float scale)'
         ' -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)'
     ),
+    'choose_and_attend': (
+        '(Tensor query, Tensor key, Tensor value, Tensor centroids, int num_keys,'
+        ' float scale, bool with_sums) -> (Tensor out, Tensor logsumexp, Tensor group,'
+        ' Tensor masks, Tensor sums, Tensor counts)'
+    ),
+    'choose_and_attend_backward': (
+        '(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor group,'
+        ' Tensor masks, Tensor out, Tensor logsumexp, float scale)'
+        ' -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)'
+    ),
 }
+MASK_WORDS = 8  # of 32 tokens each
 
 
 def _token_major(x: Tensor) -> Tensor:
@@ -75,6 +86,28 @@ def _fake_group_attention_backward(grad_out, query, key, value, *_):
     return tuple(map(_empty_token_major, (query, key, value)))
 
 
+def _fake_choose_and_attend(query, key, value, centroids, num_keys, scale, with_sums):
+    group, sums, counts = _fake_assign_queries(query, centroids, with_sums)
+    out, logsumexp = _fake_group_attention(query, key, value, group, None, scale)
+    masks = group.new_empty(*query.shape[:2], centroids.shape[1], MASK_WORDS)
+    return out, logsumexp, group, masks, sums, counts
+
+
+def _save_choice_for_backward(ctx, inputs, output):
+    query, key, value, _, _, ctx.scale, _ = inputs
+    out, logsumexp, group, masks, *_ = output
+    ctx.save_for_backward(query, key, value, group, masks, out, logsumexp)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _choose_and_attend_grads(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * 7
+    grads = ops.choose_and_attend_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None, None, None
+
+
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -87,6 +120,13 @@ def _backward(ctx, grad_out, _):
         return (None,) * 6
     grads = ops.group_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        'the kernels of DG-Attention have no second derivative; run the forward pass'
+        " within mmdgt.ops.use_backend('reference'), which autograd differentiates"
+    )
 
 
 # Multiplications and additions, as torch counts: two for each multiply-add of
@@ -107,11 +147,28 @@ def _attending_backward_flops(_grad_out, *shapes, **kwargs) -> int:
     return _attending_flops(*shapes, **kwargs) // 2 * 5
 
 
+def _choosing_and_attending_flops(
+    query_shape, key_shape, _, centroids_shape, num_keys, *__, **___
+) -> int:
+    index_shape = (*query_shape[:2], centroids_shape[1], min(num_keys, query_shape[2]))
+    return 2 * _choosing_flops(query_shape, centroids_shape) + _attending_flops(
+        query_shape, None, None, None, index_shape
+    )
+
+
+def _few_backward_flops(_grad_out, query_shape, *_, **__) -> int:
+    # Masked products are dense: every query by every token.
+    B, H, L, D = query_shape
+    return 4 * B * H * L * L * D // 2 * 5
+
+
 FLOP_FORMULAS = {
     'assign_queries': _choosing_flops,
     'select_keys': _choosing_flops,
     'group_attention': _attending_flops,
     'group_attention_backward': _attending_backward_flops,
+    'choose_and_attend': _choosing_and_attending_flops,
+    'choose_and_attend_backward': _few_backward_flops,
 }
 _KERNELS = {
     'assign_queries': reference.assign_queries,
@@ -124,12 +181,15 @@ _FAKES = {
     'select_keys': _fake_select_keys,
     'group_attention': _fake_group_attention,
     'group_attention_backward': _fake_group_attention_backward,
+    'choose_and_attend': _fake_choose_and_attend,
+    'choose_and_attend_backward': _fake_group_attention_backward,
 }
 
 _library = torch.library.Library(NAMESPACE, 'DEF')
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
+    if _name in _KERNELS:
+        _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{_name}', _FAKES[_name], lib=_library)
     register_flop_formula(getattr(ops, _name))(FLOP_FORMULAS[_name])
 torch.library.register_autograd(
@@ -138,3 +198,13 @@ torch.library.register_autograd(
     setup_context=_save_for_backward,
     lib=_library,
 )
+torch.library.register_autograd(
+    f'{NAMESPACE}::choose_and_attend',
+    _choose_and_attend_grads,
+    setup_context=_save_choice_for_backward,
+    lib=_library,
+)
+for _name in ('group_attention_backward', 'choose_and_attend_backward'):
+    torch.library.register_autograd(
+        f'{NAMESPACE}::{_name}', _no_second_derivative, lib=_library
+    )

@@ -4,6 +4,7 @@ crop_size = (512, 512)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='CheckLabelMap'),
     dict(
         type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True
     ),
@@ -17,6 +18,7 @@ test_pipeline = [
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     # After Resize: the truth stays at the size of the picture.
     dict(type='LoadAnnotations'),
+    dict(type='CheckLabelMap'),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [

@@ -124,6 +124,21 @@ def check_data(cfg: Config, *loaders: str) -> None:
             _check_categories(loader, Path(root, parts['ann_file']), classes)
 
 
+def _check_references(ann_file: Path, content: dict) -> None:
+    """Make sure that annotations belong to pictures and categories of the file.
+
+    mmdetection drops the others without a word.
+    """
+    for key, of in (('image_id', 'images'), ('category_id', 'categories')):
+        known = {entry['id'] for entry in content[of]}
+        lost = [x['id'] for x in content['annotations'] if x[key] not in known]
+        if lost:
+            raise ValueError(
+                f'{ann_file}: {len(lost)} annotations, such as number {lost[0]}, have'
+                f' an {key} that is not among the {of}'
+            )
+
+
 def _check_categories(loader: str, ann_file: Path, classes: Sequence[str]) -> None:
     """Compare classes to the categories of a file.
 
@@ -131,6 +146,7 @@ def _check_categories(loader: str, ann_file: Path, classes: Sequence[str]) -> No
     the classes as they come in the file, whatever their order in the config.
     """
     content = json.loads(ann_file.read_text())
+    _check_references(ann_file, content)
     names = [category['name'] for category in content['categories']]
     if list(classes) != [name for name in names if name in classes]:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Pictures of what models found: panels side by side, in rows, below titles."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import mmcv
@@ -10,6 +11,7 @@ from mmengine.registry import VISUALIZERS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from ...files import write_bytes
 from ...visualization import (
     Groups,
     draw_groups,
@@ -27,6 +29,24 @@ MIN_WIDTH = 320  # of a panel with groups; smaller pictures are enlarged
 MARKER = (255, 255, 255)
 LARGEST = 3  # groups that are drawn if none is picked
 TITLES = ('image', 'truth', 'prediction')
+
+
+def write_picture(path: str | Path, image: np.ndarray) -> None:
+    """Write a picture (H, W, 3) BGR in the format of its name, whole or not at all.
+
+    Raises:
+        OSError: If it can't be written.
+        ValueError: If OpenCV knows no such format.
+    """
+    path = Path(path)
+    if not path.suffix or not cv2.haveImageWriter(path.name):
+        raise ValueError(
+            f'expected a picture that OpenCV writes, such as .png or .jpg, got {path}'
+        )
+    whole, content = cv2.imencode(path.suffix, image)
+    if not whole:
+        raise OSError(f'OpenCV could not encode {path}')
+    write_bytes(path, content.tobytes())
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

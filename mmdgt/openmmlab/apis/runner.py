@@ -8,23 +8,32 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import barrier, get_backend, is_distributed
+from mmengine.dist import (
+    barrier,
+    broadcast_object_list,
+    get_backend,
+    is_distributed,
+    is_main_process,
+)
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
     is_model_wrapper,
     revert_sync_batchnorm,
 )
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..checkpoints import (
     check_resumable,
     load_weights,
+    newest_checkpoint,
     read_checkpoint,
     secure_framework,
     weights_of,
 )
+from ..engine.resume import RESUMABLE, resumable, steady
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -58,11 +67,44 @@ def leave_processes() -> None:
 
 
 class StrictRunner(Runner):
-    """A Runner that takes a checkpoint whole or not at all.
+    """A Runner that takes a checkpoint whole or not at all, and goes on to the bit.
 
     mmengine's unpickles what it cannot read safely and loads what fits. ``trust`` and
     ``allow_partial`` of the config allow the one and the other.
     """
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
+        """Build a data loader that neither signals nor other loaders disturb."""
+        return steady(Runner.build_dataloader(*args, **kwargs))
+
+    def build_train_loop(self, loop: dict) -> BaseLoop:
+        """Build the loop so that it can go on anywhere."""
+        loop = dict(loop)
+        if 'by_epoch' in loop:
+            by_epoch = loop.pop('by_epoch')
+            loop['type'] = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
+        if loop['type'] in RESUMABLE:
+            loop['type'] = RESUMABLE[loop['type']]
+            self._train_dataloader = resumable(self._train_dataloader)
+        return super().build_train_loop(loop)
+
+    def load_or_resume(self) -> None:
+        """Load what the config says, or go on from the newest complete checkpoint."""
+        if self._resume and self._load_from is None:
+            trust = self.cfg.get('trust', False)
+            found = [None]
+            if is_main_process():
+                found = [newest_checkpoint(self.work_dir, trust)]
+            broadcast_object_list(found)
+            self._load_from = found[0] and str(found[0])
+            self._resume = self._load_from is not None
+            self.logger.info(
+                f'Going on from {self._load_from}.'
+                if self._resume
+                else f'No checkpoint in {self.work_dir}: training starts anew.'
+            )
+        super().load_or_resume()
 
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', **_: Any

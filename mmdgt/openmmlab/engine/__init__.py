@@ -1,23 +1,30 @@
 """What training adds to mmengine."""
 
+from .checkpointing import AtomicCheckpointHook, Interrupted
 from .flops import register_flop_counters
 from .hooks import (
     CentroidHook,
     GroupVisualizationHook,
     LabelCheckHook,
+    LossCheckHook,
     PlainCheckpointHook,
     group_usage,
 )
+from .label_maps import CheckLabelMap
 from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor
 
 register_flop_counters()
 
 __all__ = [
+    'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'CentroidHook',
+    'CheckLabelMap',
     'GroupVisualizationHook',
+    'Interrupted',
     'LabelCheckHook',
     'LayerDecayOptimWrapperConstructor',
+    'LossCheckHook',
     'PlainCheckpointHook',
     'group_usage',
 ]

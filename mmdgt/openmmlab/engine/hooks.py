@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ...models import update_centroids
 from ...visualization import draw_groups, find_groups, find_layer, viewable
+from ..checkpoints import not_finite, some
 
 
 @HOOKS.register_module()
@@ -181,6 +183,78 @@ class LabelCheckHook(Hook):
                     f' Fix the label map, or set num_classes of decode_head and'
                     f' auxiliary_head and the classes in the metainfo of the dataset'
                 )
+
+
+@HOOKS.register_module()
+class LossCheckHook(Hook):
+    """Stops before a loss that is not finite reaches the weights.
+
+    Names what went wrong first: the pictures, a weight, or the module whose output was
+    the first with a NaN or infinity. Costs one wait for the device an iteration, and
+    nothing a layer: the pass is repeated, layer by layer, only to find the culprit.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Look at the losses of every forward pass from now on."""
+        self.handle = _unwrap(runner.model).register_forward_hook(
+            partial(self._check, runner), with_kwargs=True
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Look no longer."""
+        self.handle.remove()
+
+    def _check(
+        self, runner: Runner, model: nn.Module, args: tuple, kwargs: dict, losses: Any
+    ) -> None:
+        if kwargs.get('mode') != 'loss':
+            return
+        terms = {  # as parse_losses of mmengine adds them up
+            name: [value] if isinstance(value, Tensor) else value
+            for name, value in losses.items()
+            if 'loss' in name
+        }
+        sums = [sum(x.detach().float().sum() for x in term) for term in terms.values()]
+        finite = torch.stack(sums).isfinite().tolist()
+        wrong = [name for name, fine in zip(terms, finite, strict=True) if not fine]
+        if wrong:
+            self.handle.remove()
+            raise FloatingPointError(
+                f'iteration {runner.iter + 1}: {", ".join(wrong)} is not finite;'
+                f' {_culprit(model, args, kwargs)}. The weights are those of the'
+                f' iteration before; try a smaller learning rate, clip_grad, or'
+                f' bfloat16 in place of float16'
+            )
+
+
+def _culprit(model: nn.Module, args: tuple, kwargs: dict) -> str:
+    """What is not finite first, in the order of the pass."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if not all(x.isfinite().all() for x in tensors):
+        samples = kwargs.get('data_samples') or []
+        files = ', '.join(str(sample.get('img_path')) for sample in samples)
+        return f'the pictures of the batch are not ({files})'
+    if bad := not_finite(dict(model.named_parameters())):
+        return f'weights are not: {some(bad)}'
+    found = []
+
+    def look(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        outputs = output if isinstance(output, (list, tuple)) else [output]
+        tensors = [x for x in outputs if isinstance(x, Tensor)]
+        if not all(x.isfinite().all() for x in tensors):
+            found.append(f'{name} ({type(module).__name__})')
+
+    handles = [
+        module.register_forward_hook(partial(look, name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        model.forward(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    where = found[0] if found else 'no module, so the loss itself'
+    return f'the first output that is not is of {where}'
 
 
 @HOOKS.register_module()

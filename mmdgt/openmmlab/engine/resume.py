@@ -1,0 +1,214 @@
+"""Training that goes on, after an interruption, with the very bits it would have had.
+
+What a sample is augmented with depends on its place in the run alone, not on the worker
+that loads it or on what was loaded before, so that loading can start anywhere. What is
+random in the main process goes on from its stored state.
+"""
+
+import atexit
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmengine.registry import DATA_SAMPLERS, DATASETS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a training to stop
+
+
+def random_state() -> dict:
+    """The state of all generators of this process, as plain data."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = dict(
+        python=[torch.tensor(words), gauss],
+        numpy=[torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Go on from what :func:`random_state` returned."""
+    words, gauss = state['python']
+    random.setstate((3, tuple(words.tolist()), gauss))
+    keys, *rest = state['numpy']
+    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Draw from generators with seeds of their own, for a while, on the CPU."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(numbers).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch.default_generator.manual_seed(int(words[0]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class Draw(NamedTuple):
+    """A sample by its index, and its place in the run, which seeds its augmentation."""
+
+    index: int
+    place: tuple[int, ...]
+
+
+class SeededDataset(Dataset):
+    """A data set whose samples are augmented as their place in the run says.
+
+    Args:
+        dataset (dict | Dataset): The data set, in mmengine's terms.
+    """
+
+    def __init__(self, dataset: dict | Dataset) -> None:
+        self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | Draw) -> Any:
+        if not isinstance(index, Draw):
+            return self.dataset[index]
+        with seeded(*index.place):
+            return self.dataset[index.index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'dataset':  # not there yet: a copy
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class PlacedBatches(Sampler):
+    """Batches of :class:`Draw`, from any of them on.
+
+    Args:
+        sampler (Sampler): The indices of this process.
+        batch_size (int): Samples of a batch.
+        batches (dict, optional): Another sampler of batches, in mmengine's terms.
+        drop_last (bool): Whether a last batch of fewer samples is left out.
+
+    Attributes:
+        start (int): Batches that the next pass leaves out, without loading them.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        batches: dict | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.sampler, self.batch_size, self.start = sampler, batch_size, 0
+        self.batches = (
+            DATA_SAMPLERS.build(
+                batches, default_args=dict(sampler=sampler, batch_size=batch_size)
+            )
+            if batches
+            else BatchSampler(sampler, batch_size, drop_last)
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        start, self.start = self.start, 0
+        run = self.sampler.seed, self.sampler.rank, getattr(self.sampler, 'epoch', 0)
+        for number, batch in enumerate(
+            itertools.islice(self.batches, start, None), start
+        ):
+            yield [Draw(index, (*run, number, i)) for i, index in enumerate(batch)]
+
+
+def resumable(loader: dict) -> dict:
+    """The settings of a data loader for training, with samples as their place says."""
+    settings = dict(loader)
+    batches = dict(
+        type=PlacedBatches,
+        batches=settings.pop('batch_sampler', None),
+        drop_last=settings.pop('drop_last', False),
+    )
+    dataset = dict(type=SeededDataset, dataset=settings.pop('dataset'))
+    return dict(settings, dataset=dataset, batch_sampler=batches)
+
+
+def steady(loader: DataLoader) -> DataLoader:
+    """Keep a loader from what befalls the main process, and the other way round.
+
+    A pass would draw a seed from torch's generator. Workers get the signals that
+    people and slurm send to all processes; if they ended, the iteration could not. They
+    obey the SIGTERM of a main process that ends, or it would wait for them forever.
+    """
+    leaving = multiprocessing.RawValue('b', 0)
+    atexit.register(setattr, leaving, 'value', 1)
+    loader.generator = torch.Generator()
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn, leaving)
+    return loader
+
+
+def _start_worker(then: Any, leaving: Any, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+    if then is not None:
+        then(worker)
+
+
+class ResumableEpochLoop(EpochBasedTrainLoop):
+    """mmengine's, which also goes on within an epoch."""
+
+    def run_epoch(self) -> None:
+        """Run what is left of an epoch."""
+        done = self._iter - self._epoch * len(self.dataloader)
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        self.dataloader.batch_sampler.start = done
+        for number, batch in enumerate(self.dataloader, done):
+            self.run_iter(number, batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+
+class ResumableIterLoop(IterBasedTrainLoop):
+    """mmengine's, which goes on without loading what was trained on already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dataloader_iterator = _Passes(self.dataloader)
+
+
+class _Passes(_InfiniteDataloaderIterator):
+    """The batches of a loader, pass after pass."""
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Go on behind so many batches."""
+        batches = self._dataloader.batch_sampler
+        if hasattr(batches.sampler, 'epoch'):  # else it has no end
+            self._epoch, num_iters = divmod(num_iters, len(batches))
+            batches.sampler.set_epoch(self._epoch)
+        batches.start = num_iters
+
+
+RESUMABLE = {
+    'EpochBasedTrainLoop': ResumableEpochLoop,
+    'IterBasedTrainLoop': ResumableIterLoop,
+}

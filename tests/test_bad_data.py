@@ -1,0 +1,144 @@
+"""What is no good is served right or refused with its name."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from PIL import Image
+from test_hooks import make_runner
+
+from mmdgt.openmmlab.apis import config, inference
+from mmdgt.openmmlab.engine import CheckLabelMap, LossCheckHook
+
+
+def colours():
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGBA', 'P', 'I;16', 'CMYK', 'turned'])
+def test_pictures_of_all_kinds_come_in_colour(tmp_path, mode):
+    rgb = Image.fromarray(colours())
+    file, expected = tmp_path / 'x.png', (40, 60, 3)
+    if mode == 'I;16':
+        Image.fromarray(colours()[..., 0].astype(np.uint16) * 257).save(file)
+    elif mode == 'CMYK':
+        rgb.convert('CMYK').save(file := tmp_path / 'x.jpg')
+    elif mode == 'turned':  # by EXIF: the rows are columns of the picture
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        rgb.save(file := tmp_path / 'x.jpg', exif=exif)
+        expected = (60, 40, 3)
+    else:
+        rgb.convert(mode).save(file)
+    image = inference.read_image(file)
+    assert image.dtype == np.uint8 and image.shape == expected
+    if mode == 'I;16':
+        np.testing.assert_array_equal(image[..., 0], colours()[..., 0])
+    if mode == 'RGBA':
+        np.testing.assert_array_equal(image[..., ::-1], colours())
+
+
+def test_one_pixel(tmp_path):
+    cv2.imwrite(str(tmp_path / 'x.png'), colours()[:1])
+    assert inference.read_image(tmp_path / 'x.png').shape == (1, 60, 3)
+
+
+@pytest.mark.parametrize('end', ['.jpg', '.png'])
+def test_a_torn_picture(tmp_path, end):
+    content = cv2.imencode(end, colours())[1].tobytes()
+    (tmp_path / f'x{end}').write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ValueError, match=rf'x\{end} is damaged or no picture'):
+        inference.read_image(tmp_path / f'x{end}')
+
+
+@pytest.mark.parametrize('side', [11_000, 60_000])
+def test_a_picture_that_would_fill_the_memory(tmp_path, side):
+    Image.new('1', (side, side // 2 + 5000)).save(tmp_path / 'bomb.png')
+    with pytest.raises(ValueError, match=r'bomb\.png has .*pixels'):
+        inference.read_image(tmp_path / 'bomb.png')
+
+
+def results(tmp_path, labels, shape=(40, 60)):
+    Image.fromarray(labels).save(tmp_path / 'labels.png')
+    return dict(
+        gt_seg_map=labels.astype(np.uint8),
+        seg_map_path=str(tmp_path / 'labels.png'),
+        img_path='x.jpg',
+        ori_shape=shape,
+    )
+
+
+def test_label_maps(tmp_path):
+    labels, check = colours()[..., 0], CheckLabelMap()
+    fine = results(tmp_path, labels)
+    assert check(fine) is fine
+    assert check(dict(img_path='x.jpg')) == dict(img_path='x.jpg')
+    assert check(results(tmp_path, labels.astype(np.uint16)))
+    for wrong, message in (
+        (results(tmp_path, labels, (60, 40)), r'size \(40, 60\), its picture x\.jpg'),
+        (results(tmp_path, colours()), 'has 3 channels, expected one'),
+        (results(tmp_path, labels.astype(np.uint16) + 256), r'16 bits with values up'),
+    ):
+        file = wrong['seg_map_path']
+        if '16 bits' in message:
+            Image.fromarray(labels.astype(np.uint16) + 256).save(file)
+        else:
+            Image.fromarray(labels).save(file)
+        with pytest.raises(ValueError, match=rf'labels\.png .*{message}'):
+            check(wrong)
+
+
+@pytest.mark.parametrize('key', ['image_id', 'category_id'])
+def test_coco_annotations_of_nothing(tmp_path, key):
+    annotation = dict(id=7, image_id=1, category_id=1, bbox=[0, 0, 5, 5])
+    content = dict(
+        images=[dict(id=1)],
+        categories=[dict(id=1, name='disk')],
+        annotations=[dict(annotation, id=6), dict(annotation, **{key: 9})],
+    )
+    file = tmp_path / 'x.json'
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf'x\.json: 1 .* number 7, have an {key}'):
+        config._check_categories('train_dataloader', file, ('disk',))
+
+
+class Break(Hook):
+    """Spoils something in the third iteration."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter != 2:
+            return
+        if self.what == 'picture':
+            data_batch['images'][1, 0, 5, 5] = float('inf')
+        if self.what == 'weight':
+            runner.model.backbone.stem[0].weight.data[0] = float('nan')
+        if self.what == 'module':
+            layer = runner.model.backbone.stages[1].blocks[0].irffn
+            layer.register_forward_hook(lambda *args: args[2] / 0)
+
+
+@pytest.mark.parametrize(
+    ('what', 'message'),
+    [
+        ('picture', 'the pictures of the batch are not'),
+        ('weight', r'weights are not: 1 \(backbone\.stem\.0\.weight\)'),
+        ('module', r'first output that is not is of backbone\.stages\.1\.blocks\.0\.i'),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_iteration(tmp_path, what, message):
+    runner = make_runner(tmp_path)
+    runner.register_hook(LossCheckHook())
+    runner.register_hook(Break(what))
+    with pytest.raises(FloatingPointError, match=f'iteration 3: loss .*{message}'):
+        runner.train()
+    if what != 'weight':
+        state = runner.model.state_dict()
+        saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)['state_dict']
+        for name, _ in runner.model.named_parameters():
+            assert torch.equal(state[name], saved[name]), name

@@ -1,0 +1,251 @@
+"""Assignment, selection and attention in one launch, for few tokens."""
+
+import pytest
+import torch
+from test_ops_cuda import (
+    DEVICE,
+    HALVES,
+    attend_with_grads,
+    centroids_of,
+    error,
+    integers,
+    ops,
+    projection,
+    pytestmark,  # noqa: F401
+    randn,
+    ranked,
+)
+
+from mmdgt import DynamicGroupAttention
+from mmdgt.models import attention
+from mmdgt.ops import use_backend
+from mmdgt.ops.functional import choose_and_attend
+
+
+def masks_of(index, num_tokens):
+    """Bits of the tokens in index (B, H, G, K), (B, H, G, num_tokens)."""
+    bits = torch.zeros(*index.shape[:3], num_tokens, device=DEVICE, dtype=torch.bool)
+    return bits.scatter(-1, index.long(), True)
+
+
+def unpack(masks, num_tokens):
+    places = torch.arange(32, device=DEVICE)
+    return (masks.unsqueeze(-1) >> places & 1).bool().flatten(-2)[..., :num_tokens]
+
+
+SIZES = [
+    # B, H, L, D, G, K
+    (2, 2, 196, 32, 48, 98),
+    (1, 2, 49, 32, 48, 49),
+    (1, 1, 1, 32, 3, 1),
+    (1, 2, 17, 8, 1, 5),
+    (1, 2, 250, 24, 100, 17),
+    (1, 1, 256, 32, 256, 200),
+    (1, 1, 225, 16, 49, 1),
+]
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+@pytest.mark.parametrize('B, H, L, D, G, K', SIZES)
+def test_choices_are_exact(dtype, B, H, L, D, G, K):
+    q, k = (integers(B, H, L, D, dtype=dtype, seed=s) for s in (0, 5))
+    centroids = integers(H, G, D, seed=1)
+    _, _, group, masks, sums, counts = ops.choose_and_attend(
+        q, k, k, centroids, K, D**-0.5, True
+    )
+    scores = centroids.double() @ q.double().mT
+    assert torch.equal(group.long(), scores.argmax(2))
+    index = ranked(centroids.double() @ k.double().mT)[..., :K]
+    assert torch.equal(unpack(masks, L), masks_of(index, L))
+    assert not unpack(masks, 256)[..., L:].any()
+    expected = ops.assign_queries(q, centroids, True)
+    for x, y in zip((group, sums, counts), expected):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+@pytest.mark.parametrize('B, H, L, D, G, K', SIZES)
+def test_attention_and_gradients(dtype, B, H, L, D, G, K):
+    q, k, v = (x.detach().requires_grad_() for x in projection(B, H, L, D, dtype))
+    centroids, scale = centroids_of(H, G, D), D**-0.5
+    out, lse, group, masks, _, _ = ops.choose_and_attend(
+        q, k, v, centroids, K, scale, False
+    )
+    index = ops.select_keys(k.detach(), centroids, K, False)
+    assert torch.equal(group, ops.assign_queries(q.detach(), centroids, False)[0])
+    assert torch.equal(unpack(masks, L), masks_of(index, L))
+    grad = randn(B, L, H, D, dtype=dtype, seed=9).transpose(1, 2)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    args = (q, k, v, group, index, scale, grad)
+    expected, expected_lse = attend_with_grads(*args, torch.float64)
+    plain, _ = attend_with_grads(*args, dtype)
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+    for ours, true, rounded in zip((out, *grads), expected, plain):
+        assert error(ours, true) <= 2 * error(rounded, true) + 1e-4
+
+
+@pytest.mark.parametrize('scale', [-0.3, 0.0, 1e-38, 5.0])
+@pytest.mark.parametrize('dtype', HALVES)
+def test_any_scale(scale, dtype):
+    q, k, v = projection(1, 1, 150, 32, dtype)
+    centroids = centroids_of(1, 9, 32)
+    out, lse, group, masks, *_ = ops.choose_and_attend(
+        q, k, v, centroids, 50, scale, False
+    )
+    index = ops.select_keys(k, centroids, 50, False)
+    grad = randn(1, 1, 150, 32, dtype=dtype, seed=9)
+    expected, _ = attend_with_grads(q, k, v, group, index, scale, grad, torch.float64)
+    grads = ops.choose_and_attend_backward(grad, q, k, v, group, masks, out, lse, scale)
+    for ours, true in zip((out, *grads), expected):
+        assert error(ours, true) < 2e-2
+
+
+@pytest.mark.parametrize('size', [8.0, 30.0, 1e3])
+@pytest.mark.parametrize('dtype', HALVES)
+def test_scores_that_leave_the_range_of_an_exponential(size, dtype):
+    q, k, v = projection(1, 2, 100, 32, dtype)
+    q, k = q * size, k * size
+    centroids = centroids_of(2, 9, 32)
+    out, lse, group, *_ = ops.choose_and_attend(q, k, v, centroids, 30, 0.2, False)
+    index = ops.select_keys(k, centroids, 30, False)
+    expected, expected_lse = attend_with_grads(
+        q, k, v, group, index, 0.2, out, torch.float64
+    )
+    assert error(out, expected[0]) < 1e-2
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['equal', 'outlier', 'two values', 'nan', 'infinity'])
+def test_choices_among_awkward_scores(kind):
+    L, K = 196, 98
+    key, centroids = integers(1, 1, L, 32, dtype=torch.bfloat16), integers(1, 20, 32)
+    centroids[..., 0] = 1
+    if kind == 'equal':
+        key = torch.ones_like(key)
+    elif kind == 'outlier':
+        key[0, 0, 17, 0] = 3e4  # the others share a bin
+    elif kind == 'two values':
+        key = torch.where(key[..., :1] > 0, 1.0, -1.0).bfloat16().expand_as(key)
+    elif kind == 'nan':
+        key[0, 0, [5, 100], 7] = torch.nan
+    else:
+        key[0, 0, [5, 100], 0] = key.new_tensor([torch.inf, -torch.inf])
+    key = key.contiguous()
+    masks = ops.choose_and_attend(key, key, key, centroids, K, 0.2, False)[3]
+    index = ops.select_keys(key, centroids, K, False)
+    assert torch.equal(unpack(masks, L), masks_of(index, L))
+    assert (unpack(masks, L).sum(-1) == K).all()
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_where_it_is_seen(bad):
+    L, K, G = 196, 30, 11
+    q, k, v = (x.clone() for x in projection(1, 1, L, 32, torch.bfloat16))
+    centroids = centroids_of(1, G, 32)
+    v[0, 0, 9, 3] = bad
+    out, lse, group, masks, *_ = ops.choose_and_attend(
+        q, k, v, centroids, K, 0.2, False
+    )
+    sees = unpack(masks, L)[0, 0, group[0, 0].long(), 9]
+    assert sees.any() and not sees.all()
+    assert torch.equal(out[0, 0].isfinite().all(-1), ~sees)
+    assert lse.isfinite().all()
+
+
+def test_repeats_bit_by_bit_and_checks_its_arguments():
+    q, k, v = projection(2, 2, 196, 32, torch.bfloat16)
+    centroids = centroids_of(2, 48, 32)
+    args = (q, k, v, centroids, 98, 0.2, True)
+    for x, y in zip(ops.choose_and_attend(*args), ops.choose_and_attend(*args)):
+        assert torch.equal(x, y)
+    with pytest.raises(RuntimeError, match='up to 256 tokens'):
+        wide = randn(1, 2, 257, 32, dtype=torch.bfloat16)
+        ops.choose_and_attend(wide, wide, wide, centroids, 98, 0.2, True)
+    with pytest.raises(RuntimeError, match='float16 or bfloat16'):
+        ops.choose_and_attend(q.float(), k.float(), v.float(), centroids, 98, 0.2, True)
+
+
+@pytest.mark.parametrize('shape', [(0, 2, 10, 32), (2, 2, 0, 32)])
+def test_nothing_to_do(shape):
+    q = torch.zeros(shape, device=DEVICE, dtype=torch.bfloat16)
+    centroids = torch.zeros(2, 4, 32, device=DEVICE)
+    out, *_, sums, counts = ops.choose_and_attend(q, q, q, centroids, 5, 1.0, True)
+    assert out.shape == shape and not sums.any() and not counts.any()
+
+
+class InSteps(DynamicGroupAttention):
+    """The same, but a step is overridden."""
+
+    def choose(self, query, key):
+        return super().choose(query, key)
+
+
+class Spy:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return choose_and_attend(*args, **kwargs)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    monkeypatch.setattr(attention, 'choose_and_attend', Spy())
+    return attention.choose_and_attend
+
+
+@pytest.mark.parametrize('cosine', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+def test_the_layer_takes_it_unless_a_step_is_overridden(spy, training, cosine):
+    sizes = dict(dims=64, num_heads=2, num_groups=12, num_keys=30, cosine=cosine)
+    x = randn(2, 14, 14, 64, dtype=torch.bfloat16)
+    outcomes = []
+    for layer, calls in ((DynamicGroupAttention, 1), (InSteps, 1)):
+        torch.manual_seed(0)
+        layer = layer(**sizes).to(DEVICE, torch.bfloat16).train(training)
+        own = x.clone().requires_grad_()
+        out = layer(own)
+        out.square().sum().backward()
+        assert spy.calls == calls
+        grads = [p.grad for p in layer.parameters()]
+        outcomes.append((layer.group_sums, layer.group_counts, out, own.grad, *grads))
+    assert outcomes[0][1].any() == training
+    for ours, expected in zip(*outcomes):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_layer_does_without_where_the_kernel_does_not_serve(spy):
+    sizes = dict(num_heads=2, num_groups=12, num_keys=30)
+    layer = DynamicGroupAttention(64, **sizes).to(DEVICE)
+    wide = DynamicGroupAttention(128, **sizes).to(DEVICE, torch.bfloat16)
+    layer(randn(1, 196, 64))  # float32
+    wide(randn(1, 196, 128, dtype=torch.bfloat16))
+    layer.to(torch.bfloat16)
+    layer(randn(1, 257, 64, dtype=torch.bfloat16))
+    with use_backend('reference'):
+        layer(randn(1, 196, 64, dtype=torch.bfloat16))
+    assert spy.calls == 0
+    with torch.autocast(DEVICE, torch.bfloat16):
+        layer.float()(randn(1, 196, 64))
+    assert spy.calls == 1
+
+
+def test_is_what_compilers_expect():
+    q, k, v = (x.detach().requires_grad_() for x in projection(1, 2, 49, 32, HALVES[1]))
+    centroids = centroids_of(2, 5, 32)
+    args = (q, k, v, centroids, 9, 0.2, True)
+    torch.library.opcheck(ops.choose_and_attend.default, args)
+    out, lse, group, masks, *_ = (x.detach() for x in ops.choose_and_attend(*args))
+    q, k, v = (x.detach() for x in (q, k, v))
+    args = (out, q, k, v, group, masks, out, lse, 0.2)
+    torch.library.opcheck(ops.choose_and_attend_backward.default, args)
+
+
+def test_the_layer_compiles_into_one_graph():
+    layer = DynamicGroupAttention(64, 2, num_groups=12, num_keys=30)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    x = randn(1, 196, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -1,0 +1,400 @@
+"""Whatever ends a training, it goes on with the bits it would have had."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from mmengine.hooks import Hook
+from test_hooks import ARCH, Images
+from torch import distributed as dist
+from torch import nn
+
+from mmdgt import DGT
+from mmdgt.openmmlab import checkpoints
+from mmdgt.openmmlab.apis.runner import CPURunner, StrictRunner
+from mmdgt.openmmlab.engine import Interrupted, resume
+
+sys.path.insert(0, str(REPOSITORY / 'tools'))
+
+import prove_resume
+
+EPOCHS = dict(by_epoch=True, max_epochs=2)  # of four iterations
+ITERATIONS = dict(by_epoch=False, max_iters=8)
+
+
+class Augmented(Images):
+    """Augments with all three generators that transforms use."""
+
+    def __getitem__(self, index):
+        noise = torch.rand(3, 32, 32) + np.random.rand() * random.random()
+        return {'images': super().__getitem__(index)['images'] * noise}
+
+
+class Model(torch.nn.Module):
+    """Draws in the main process too."""
+
+    def __new__(cls):
+        from mmengine.model import BaseModel
+
+        class Dropping(BaseModel):
+            def __init__(self):
+                super().__init__()
+                self.backbone = DGT(
+                    ARCH,
+                    num_groups=5,
+                    num_keys=6,
+                    out_indices=(1,),
+                    drop_path_rate=0.3,
+                )
+                self.drop = nn.Dropout(0.2)
+
+            def forward(self, images, mode):
+                out = self.drop(self.backbone(images)[0])
+                if mode == 'predict':
+                    return [out]
+                weight = np.random.rand() + random.random()
+                return {'loss': weight * out.float().sin().mean()}
+
+        return Dropping()
+
+
+class InterruptAt(Hook):
+    """Sends a signal, or fails, in an iteration."""
+
+    def __init__(self, iteration, number):
+        self.iteration, self.number = iteration, number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.iteration:
+            if self.number is None:
+                raise RuntimeError('killed')
+            os.kill(os.getpid(), self.number)
+
+
+def make(
+    work_dir, loop=ITERATIONS, hooks=(), resume=False, runner=StrictRunner, **settings
+):
+    torch.manual_seed(0)
+    by_epoch, workers = loop['by_epoch'], settings.pop('workers', 0)
+    checkpoint = dict(
+        type='AtomicCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 3
+    )
+    checkpoint.update(settings.pop('checkpoint', {}))
+    make.count = getattr(make, 'count', 0) + 1  # Loggers are told apart by the name.
+    return runner(
+        model=Model(),
+        work_dir=str(work_dir),
+        randomness=dict(seed=3),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=workers,
+            persistent_workers=bool(workers),
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(
+                type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True
+            ),
+            dataset=Augmented(),
+        ),
+        train_cfg=dict(loop),
+        optim_wrapper=dict(
+            type='BFloat16OptimWrapper', optimizer=dict(type='AdamW', lr=0.01)
+        ),
+        param_scheduler=dict(
+            type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=8
+        ),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=checkpoint,
+            ema=dict(type='EMAHook', momentum=0.25),
+        ),
+        custom_hooks=[
+            dict(type='CentroidHook', reseed=True),
+            dict(type='PlainCheckpointHook'),
+            *hooks,
+        ],
+        log_processor=dict(by_epoch=by_epoch),
+        default_scope='mmengine',
+        resume=resume,
+        experiment_name=f'{work_dir}_{make.count}',
+        **settings,
+    )
+
+
+def final(work_dir, name='iter_8.pth'):
+    return prove_resume.state_of(work_dir / name)
+
+
+def assert_same_bits(one, other):
+    assert prove_resume.difference(one, other) is None
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The folders of runs that nothing interrupted, by their loop."""
+    folders = {}
+    for loop in (EPOCHS, ITERATIONS):
+        folders[loop['by_epoch']] = folder = tmp_path_factory.mktemp('whole')
+        make(folder, loop).train()
+    return folders
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
+@pytest.mark.parametrize('iteration', [2, 5])
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
+    tmp_path, whole, workers, loop, iteration
+):
+    number = signal.SIGTERM if workers else signal.SIGINT
+    handler = signal.getsignal(number)
+    stop = InterruptAt(iteration, number)
+    with pytest.raises(Interrupted) as left:
+        make(tmp_path, loop, [stop], workers=workers).train()
+    assert left.value.code == 0
+    assert signal.getsignal(number) == handler
+    interim = tmp_path / f'interim_{iteration + 1}.pth'
+    saved = (tmp_path / 'last_checkpoint').read_text()
+    if not loop['by_epoch'] and (iteration + 1) % 3 == 0:
+        interim = tmp_path / f'iter_{iteration + 1}.pth'
+    assert saved == str(interim) and interim.is_file()
+    rest = make(tmp_path, loop, resume=True, workers=workers)
+    rest.train()
+    name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
+    assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
+    assert not list(tmp_path.glob('interim_*'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, None])
+def test_the_process_ends_with_its_workers(tmp_path, number):
+    """After a signal with status 0, after an error with another; it never hangs."""
+    hook = f'test_resume.InterruptAt(2, {number and int(number)})'
+    make = f'test_resume.make({str(tmp_path)!r}, hooks=[{hook}], workers=2)'
+    paths = [str(REPOSITORY / 'tests'), *sys.path]
+    ended = subprocess.run(
+        [sys.executable, '-c', f'import test_resume; {make}.train()'],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
+        timeout=300,
+        capture_output=True,
+    )
+    assert ended.returncode == (0 if number else 1)
+
+
+@pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
+def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, loop):
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path, loop, [InterruptAt(5, None)]).train()
+    make(tmp_path, loop, resume=True).train()
+    name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
+    assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
+
+
+def test_validation_does_not_change_what_training_draws(tmp_path, whole):
+    """So that a run that is resumed behind a validation needs none."""
+    loader = dict(
+        batch_size=1,
+        num_workers=0,
+        collate_fn=dict(type='default_collate'),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=Augmented(),
+    )
+    make(
+        tmp_path,
+        dict(ITERATIONS, val_interval=2),
+        val_dataloader=loader,
+        val_cfg=dict(),
+        val_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'x.pkl')),
+    ).train()
+    ours, theirs = final(tmp_path), final(whole[False])
+    assert_same_bits(ours, theirs)
+
+
+def test_samples_do_not_depend_on_workers():
+    loader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        dataset=Augmented(),
+        collate_fn=dict(type='default_collate'),
+    )
+    batches = [
+        [
+            batch['images']
+            for batch in StrictRunner.build_dataloader(
+                resume.resumable(dict(loader, num_workers=workers)), seed=1
+            )
+        ]
+        for workers in (0, 1, 3)
+    ]
+    for others in batches[1:]:
+        assert_same_bits(batches[0], others)
+    assert not torch.equal(batches[0][0][0], batches[0][0][1])
+
+
+def test_minutes(tmp_path):
+    """With no minute between them every iteration saves, and one is kept."""
+    seen = []
+
+    class Look(Hook):
+        priority = 'LOWEST'
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            seen.append(sorted(file.name for file in tmp_path.glob('*.pth')))
+
+    checkpoint = dict(minutes=0, interval=3, max_keep_ckpts=1)
+    make(tmp_path, dict(ITERATIONS, max_iters=5), [Look()], checkpoint=checkpoint)
+    make(
+        tmp_path, dict(ITERATIONS, max_iters=5), [Look()], checkpoint=checkpoint
+    ).train()
+    assert seen == [
+        ['interim_1.pth'],
+        ['interim_2.pth'],
+        ['iter_3.pth'],
+        ['interim_4.pth', 'iter_3.pth'],
+        ['iter_5.pth'],
+    ]
+
+
+def test_the_last_checkpoint_is_removed_when_the_next_is_complete(
+    tmp_path, monkeypatch
+):
+    """A disk that is full when the second is written leaves the first."""
+    save, saved = torch.save, []
+
+    def full(data, file):
+        saved.append(data)
+        if len(saved) == 2:
+            file.write(b'half')
+            raise OSError('no space left on device')
+        save(data, file)
+
+    monkeypatch.setattr(torch, 'save', full)
+    checkpoint = dict(max_keep_ckpts=1, interval=1)
+    with pytest.raises(OSError, match='no space left'):
+        make(tmp_path, checkpoint=checkpoint).train()
+    assert [file.name for file in tmp_path.glob('*.pth')] == ['iter_1.pth']
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_1.pth')
+    checkpoints.check_resumable('x', torch.load(tmp_path / 'iter_1.pth'))
+
+
+def test_what_a_killed_process_left_is_tidied_up(tmp_path):
+    part = tmp_path / '.part-0123abcd-iter_3.pth'
+    part.write_bytes(b'half')
+    make(tmp_path, dict(ITERATIONS, max_iters=1)).train()
+    assert not part.exists()
+
+
+def test_resume_passes_over_what_is_not_complete(tmp_path, whole, caplog):
+    make(tmp_path, dict(ITERATIONS, max_iters=6)).train()
+    for name, content in (('iter_7.pth', b'half'), ('iter_8.pth', b'')):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'gone.pth'))
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / 'iter_6.pth'
+    rest = make(tmp_path, resume=True)
+    rest.train()
+    log = next(tmp_path.glob(f'{rest.timestamp}*/*.log')).read_text()
+    assert f'Going on from {tmp_path}/iter_6.pth' in log
+    assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+def test_a_difference_is_found():
+    """What the other tests compare with."""
+    state = dict(a=[torch.ones(3), 2], b=dict(c=1.0))
+    assert prove_resume.difference(state, state) is None
+    for changed, where in (
+        (dict(state, a=[torch.tensor([1.0, 1.0, 1.0000001]), 2]), '/a/0'),
+        (dict(state, a=[torch.ones(3), 3]), '/a/1'),
+        (dict(state, b=dict(d=1.0)), '/b'),
+        (dict(state, a=[torch.ones(3)]), '/a'),
+    ):
+        assert prove_resume.difference(state, changed) == where
+
+
+def test_nothing_to_resume(tmp_path):
+    assert checkpoints.newest_checkpoint(tmp_path) is None
+    make(tmp_path, dict(ITERATIONS, max_iters=1), resume=True).train()
+    assert (tmp_path / 'iter_1.pth').is_file()
+    (tmp_path / 'iter_1.pth').write_bytes(b'half')
+    with pytest.raises(ValueError, match='none of its 1 will do'):
+        make(tmp_path, resume=True).train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    class Break(Hook):
+        priority = 'LOW'
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter == 5:
+                runner.model.backbone.stem[0].weight.data[0] = float('nan')
+
+    with pytest.raises(FloatingPointError, match=r'iteration 6 .*backbone\.stem\.0\.w'):
+        make(tmp_path, hooks=[Break()]).train()
+    assert [file.name for file in tmp_path.glob('*.pth')] == ['iter_3.pth']
+
+
+def test_the_best_is_removed_when_the_next_is_complete(tmp_path, monkeypatch):
+    hook = make(tmp_path, checkpoint=dict(save_best='score', rule='greater'))
+    hook.train_loop.dataloader  # noqa: B018  # what training would build
+    hook.optim_wrapper = hook.build_optim_wrapper(hook.optim_wrapper)
+    hook.param_schedulers = hook.build_param_scheduler(hook.param_schedulers)
+    hook.call_hook('before_run')
+    hook.call_hook('before_train')
+    (saves,) = (h for h in hook.hooks if type(h).__name__ == 'AtomicCheckpointHook')
+    saves.after_val_epoch(hook, dict(score=1.0))
+    (first,) = tmp_path.glob('best_*.pth')
+    hook.train_loop._iter = 1
+    save = torch.save
+
+    def full(data, file):
+        assert first.is_file()
+        save(data, file)
+
+    monkeypatch.setattr(torch, 'save', full)
+    saves.after_val_epoch(hook, dict(score=2.0))
+    assert [file.name for file in tmp_path.glob('best_*')] == ['best_score_iter_1.pth']
+    saves.after_train(hook)
+
+
+class JoinedRunner(CPURunner):
+    """Its processes have been joined already."""
+
+    def setup_env(self, env_cfg):
+        StrictRunner.setup_env(self, env_cfg)
+
+
+def run_rank(folder, iteration, resumed):
+    """A run in this process of two; the signal reaches one of them alone."""
+    stop = [InterruptAt(iteration, signal.SIGTERM)] if dist.get_rank() else []
+    hooks = stop if iteration is not None else []
+    runner = make(
+        folder, hooks=hooks, resume=resumed, runner=JoinedRunner, launcher='pytorch'
+    )
+    try:
+        runner.train()
+    except Interrupted:
+        return f'left at {runner.iter}'
+    return 'done'
+
+
+def test_two_processes(on_two_ranks, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert on_two_ranks(run_rank, whole, None, False) == ['done'] * 2
+    assert on_two_ranks(run_rank, parts, 4, False) == ['left at 4'] * 2
+    assert on_two_ranks(run_rank, parts, None, True) == ['done'] * 2
+    assert_same_bits(final(parts), final(whole))
+    states = final(whole)['random']['random']
+    assert len(states) == 2
+
+
+@pytest.mark.parametrize(
+    'base', ['classification_300e', 'detection_1x', 'segmentation_160k']
+)
+def test_the_long_recipes_save_by_minutes(base):
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(REPOSITORY / f'configs/_base_/schedules/{base}.py')
+    assert cfg.default_hooks.checkpoint.minutes <= 30
