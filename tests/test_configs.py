@@ -1,6 +1,8 @@
 """Every config builds, has the published size and takes a training step."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmdgt.openmmlab.engine.flops import count_flops
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
+README = CONFIGS.parent / 'README.md'
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
 # Published: parameters in M; FLOPs in G of UperNet at 512 x 2048 (table 3) and of
@@ -30,13 +33,24 @@ INDEX = {
 
 
 def test_the_index_lists_every_config_for_real_data():
-    assert INDEX.keys() == {n for n in NAMES if 'demo' not in n} and len(INDEX) == 9
+    assert INDEX.keys() == {n for n in NAMES if 'demo' not in n} and len(INDEX) == 17
     for name, model in INDEX.items():
         cfg = Config.fromfile(CONFIGS.parent / model['Config'])
         assert model['Config'] == f'configs/{name}.py'
         assert model['Metadata']['Batch Size'] == cfg.auto_scale_lr.base_batch_size
         # Nothing was trained, so there is nothing to claim.
         assert not {'Weights', 'Results'} & model.keys()
+
+
+def test_the_table_of_the_readme_names_every_config():
+    """A row may stand for three sizes; the ablations have a page of their own."""
+    rows = re.findall(r'^\| `([\w{},]+)\.py` \|', README.read_text(), re.MULTILINE)
+    named = [
+        row.replace('{t,s,b}', size)
+        for row in rows
+        for size in ('tsb' if '{t,s,b}' in row else 't')
+    ]
+    assert sorted(named) == [name for name in NAMES if name != 'dgt_ablation_demo']
 
 
 def build(name, arch=None, **overrides):
@@ -81,7 +95,9 @@ def detection_batch(num_classes):
 
     samples = []
     for _ in range(2):
-        sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+        sample = DetDataSample(
+            metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1, 1))
+        )
         mask = np.zeros((1, 64, 64), np.uint8)
         mask[:, 8:40, 4:44] = 1
         sample.gt_instances = InstanceData(
@@ -97,41 +113,84 @@ def detection_batch(num_classes):
     return dict(inputs=images, data_samples=samples)
 
 
-# Framework: settings that make its models small, the head that knows the classes,
-# the maker of a batch.
-TRAINING = {
-    'mmpretrain': ({}, lambda model: model.head, classification_batch),
-    'mmseg': (
-        {'data_preprocessor.size': (64, 64), 'decode_head.channels': 16},
-        lambda model: model.decode_head,
-        segmentation_batch,
-    ),
-    'mmdet': (
-        {'roi_head.bbox_head.fc_out_channels': 16, 'rpn_head.feat_channels': 16},
-        lambda model: model.roi_head.bbox_head,
-        detection_batch,
-    ),
+# Framework: the maker of a batch.
+BATCHES = {
+    'mmpretrain': classification_batch,
+    'mmseg': segmentation_batch,
+    'mmdet': detection_batch,
 }
+
+
+def smaller(model):
+    """Settings that make a model small, and the number of its classes."""
+    if model.type == 'ImageClassifier':
+        return {}, model.head.num_classes
+    if model.type == 'EncoderDecoder':
+        settings = {'data_preprocessor.size': (64, 64)}
+        if 'channels' in model.decode_head:
+            settings['decode_head.channels'] = 16
+        else:
+            settings |= layers_of_mask2former('decode_head')
+            settings['decode_head.train_cfg.num_points'] = 64
+        return settings, model.decode_head.num_classes
+    if model.type == 'Mask2Former':
+        settings = layers_of_mask2former('panoptic_head')
+        settings['data_preprocessor.batch_augments'] = None
+        settings['train_cfg.num_points'] = 64
+        return settings, model.panoptic_head.num_things_classes
+    if model.type == 'RetinaNet':
+        return {'bbox_head.feat_channels': 16}, model.bbox_head.num_classes
+    settings = {'rpn_head.feat_channels': 16}
+    if model.type == 'CascadeRCNN':
+        settings['train_cfg.rpn_proposal.max_per_img'] = 20
+        settings['test_cfg.rpn.max_per_img'] = 20
+        for i in range(3):
+            settings[f'roi_head.bbox_head.{i}.conv_out_channels'] = 16
+            settings[f'roi_head.bbox_head.{i}.fc_out_channels'] = 16
+            settings[f'train_cfg.rcnn.{i}.sampler.num'] = 16
+    else:
+        settings['roi_head.bbox_head.fc_out_channels'] = 16
+    return settings, model.roi_head.mask_head.num_classes
+
+
+def layers_of_mask2former(head):
+    return {
+        f'{head}.pixel_decoder.encoder.num_layers': 1,
+        f'{head}.transformer_decoder.num_layers': 2,
+    }
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_one_training_step(name):
-    scope = Config.fromfile(CONFIGS / f'{name}.py').default_scope
-    smaller, head_of, make_batch = TRAINING[scope]
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    settings, num_classes = smaller(cfg.model)
     # Stochastic depth may leave out a block, whose parameters then stay.
-    smaller = {'backbone.num_keys': 10, 'backbone.drop_path_rate': 0.0, **smaller}
-    cfg, model = build(name, **{f'model.{key}': v for key, v in smaller.items()})
+    settings = {'backbone.num_keys': 10, 'backbone.drop_path_rate': 0.0, **settings}
+    cfg, model = build(name, **{f'model.{key}': v for key, v in settings.items()})
     optim_wrapper = Runner.build_optim_wrapper(
         type('Runner', (), dict(model=model))(), cfg.optim_wrapper
     )
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     model.train()
-    batch = make_batch(head_of(model).num_classes)
-    losses = model.train_step(batch, optim_wrapper)
+    losses = model.train_step(BATCHES[cfg.default_scope](num_classes), optim_wrapper)
     assert np.isfinite(losses['loss'].item())
     still = [k for k, p in model.named_parameters() if torch.equal(p, before[k])]
     # A bias before a batch norm has no gradient but rounding.
     assert not [key for key in still if not key.endswith('bias')]
+    if name in PEERS:
+        check_prediction(model.eval(), BATCHES[cfg.default_scope](num_classes))
+
+
+def check_prediction(model, batch):
+    """A class for every pixel, or boxes, classes and masks in the picture."""
+    with torch.no_grad():
+        found, _ = model.test_step(batch)
+    if 'pred_sem_seg' in found:
+        assert found.pred_sem_seg.data.shape == (1, 64, 64)
+        return
+    assert found.pred_instances.bboxes.shape[1:] == (4,)
+    if model.with_mask or hasattr(model, 'panoptic_head'):
+        assert found.pred_instances.masks.shape[1:] == (64, 64)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -139,6 +198,8 @@ def test_what_users_rely_on(name):
     cfg = Config.fromfile(CONFIGS / f'{name}.py')
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert 'mmdgt' in cfg.custom_imports.imports
+    for needed in cfg.custom_imports.imports:
+        importlib.import_module(needed)
     hooks = [hook.type for hook in cfg.custom_hooks]
     expected = ['CentroidHook', 'PlainCheckpointHook']
     expected += ['LabelCheckHook', 'LossCheckHook']
@@ -180,6 +241,119 @@ def test_classifier_of_table_1(variant):
     assert round(params, 2) == CLASSIFIERS[variant]
     metadata = INDEX[f'dgt_{variant}_in1k']['Metadata']
     assert metadata['Parameters'] == CLASSIFIERS[variant] * 1e6
+
+
+# Published of the same model with Swin-T, in M: by Mask2Former for itself, by Swin for
+# the cascade, by Twins for RetinaNet and Semantic FPN. And what Swin's wider maps cost
+# there: 1x1 convolutions to 256 channels of 1440 instead of 960; for RetinaNet of 1344
+# instead of 896, and a 3x3 of 768 instead of 512.
+WITH_SWIN = {
+    'mask2former_dgt_t_ade20k': (47, 256 * 480),
+    'mask2former_dgt_t_coco': (47, 256 * 480),
+    'cascade_mask_rcnn_dgt_t_3x_coco': (86, 256 * 480),
+    'retinanet_dgt_t_1x_coco': (38.5, 256 * (448 + 9 * 256)),
+    'fpn_dgt_t_ade20k': (31.9, 256 * 480),
+}
+SWIN_BACKBONE = 27.5
+
+
+@pytest.mark.parametrize('name', WITH_SWIN)
+def test_the_backbone_apart_the_size_is_that_with_swin(name):
+    _, model = build(name)
+    ours = sum(p.numel() for p in model.parameters())
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    published, wider = WITH_SWIN[name]
+    expected = published - SWIN_BACKBONE - wider / 1e6
+    # Two of the papers round to a million.
+    digit = 0.5 if isinstance(published, int) else 0.1
+    assert (ours - backbone) / 1e6 == pytest.approx(expected, abs=digit)
+    assert INDEX[name]['Metadata']['Parameters'] == round(ours / 1e5) * 1e5
+
+
+@pytest.mark.parametrize(
+    ('name', 'same'),
+    [
+        ('upernet_dgt_t_cityscapes', 'upernet_dgt_t_ade20k'),
+        ('upernet_dgt_t_voc', 'upernet_dgt_t_ade20k'),
+        ('mask_rcnn_dgt_t_3x_coco', 'mask_rcnn_dgt_t_1x_coco'),
+    ],
+)
+def test_sizes_of_the_same_models_elsewhere(name, same):
+    """The classes apart, of which each costs a weight a channel and a bias."""
+    ours, theirs = (Config.fromfile(CONFIGS / f'{n}.py').model for n in (name, same))
+    fewer = 0
+    for head in ('decode_head', 'auxiliary_head'):
+        if head in ours:
+            classes = theirs[head].num_classes - ours[head].num_classes
+            fewer += classes * (ours[head].channels + 1)
+            theirs[head].num_classes = ours[head].num_classes
+    if fewer:
+        theirs.data_preprocessor.size = ours.data_preprocessor.size
+    assert leaves(ours) == leaves(theirs)
+    expected = INDEX[same]['Metadata']['Parameters'] - fewer
+    assert INDEX[name]['Metadata']['Parameters'] == pytest.approx(expected, abs=1e5)
+
+
+def peer(path):
+    """A config that a framework of OpenMMLab brings along."""
+    package, _, file = path.partition('/')
+    origin = importlib.util.find_spec(package).origin
+    return Config.fromfile(Path(origin).parent / '.mim/configs' / file)
+
+
+# The config of a peer with the same head, and what ours has of it.
+PEERS = {
+    'mask2former_dgt_t_ade20k': (
+        'mmseg/mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py',
+        'model.decode_head optim_wrapper.optimizer optim_wrapper.clip_grad'
+        ' param_scheduler train_pipeline',
+    ),
+    'mask2former_dgt_t_coco': (
+        'mmdet/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py',
+        'model.data_preprocessor model.panoptic_head model.panoptic_fusion_head'
+        ' model.train_cfg model.test_cfg optim_wrapper.optimizer'
+        ' optim_wrapper.clip_grad train_pipeline',
+    ),
+    'mask_rcnn_dgt_t_3x_coco': (
+        'mmdet/swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py',
+        'optim_wrapper.optimizer param_scheduler train_cfg train_pipeline',
+    ),
+    'cascade_mask_rcnn_dgt_t_3x_coco': (
+        'mmdet/convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_'
+        'amp-ms-crop-3x_coco.py',
+        'model.roi_head.bbox_head model.train_cfg.rcnn model.train_cfg.rpn_proposal'
+        ' param_scheduler train_cfg train_pipeline',
+    ),
+    'retinanet_dgt_t_1x_coco': (
+        'mmdet/swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py',
+        'model.neck model.bbox_head model.train_cfg model.test_cfg train_cfg',
+    ),
+    'fpn_dgt_t_ade20k': (
+        'mmseg/twins/twins_pcpvt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py',
+        'model.neck model.decode_head optim_wrapper.optimizer.lr'
+        ' optim_wrapper.optimizer.weight_decay train_cfg train_pipeline',
+    ),
+}
+
+
+def part_of(cfg, path):
+    """The settings of a part, but for those that are the backbone's."""
+    for name in path.split('.'):
+        cfg = cfg[name]
+    return {
+        key: value.removeprefix('mmdet.') if isinstance(value, str) else value
+        for key, value in leaves(cfg).items()
+        if not key.startswith('.in_channels.')
+    }
+
+
+@pytest.mark.parametrize('name', PEERS)
+def test_head_and_recipe_are_those_of_the_peers(name):
+    """What we say they say too; what else they say are defaults."""
+    path, parts = PEERS[name]
+    ours, theirs = Config.fromfile(CONFIGS / f'{name}.py'), peer(path)
+    for part in parts.split():
+        assert part_of(ours, part).items() <= part_of(theirs, part).items(), part
 
 
 def test_multi_scale_as_in_mmsegmentation():
