@@ -33,7 +33,7 @@ SIZES = (
     (1, 2, 85, 24, 7, 33),
     (1, 2, 101, 64, 48, 16),
     (1, 1, 53, 128, 11, 15),
-    # Attended under masks.
+    # All groups attended together.
     (2, 2, 196, 32, 48, 98),
     (1, 2, 85, 24, 7, 60),
     (1, 1, 101, 64, 48, 40),
@@ -380,7 +380,7 @@ def test_nan_stays_in_its_slice(dtype, bad):
                 assert results[2][1, 0, 17].isnan().all()
 
 
-# Sizes of which the first is attended under masks, the second group by group.
+# Sizes of which the first has its groups attended together, the second one by one.
 BOTH_WAYS = ((1, 2, 60, 32, 48, 25), (1, 2, 150, 32, 4, 9))
 
 

@@ -1,5 +1,5 @@
-// Softmax attention of one group's queries over the group's keys, or of a slice's over
-// all keys under the groups' masks (eq. 2), and its gradients.
+// Softmax attention of one group's queries over the group's keys (eq. 2), and its
+// gradients.
 //
 // K^T and V are packed once per task. Blocks of queries then pass through: the scores of
 // a block become probabilities in registers and meet V while in cache.
@@ -75,72 +75,28 @@ void pack_transposed(Rows<const T> from, const int32_t* index, int64_t count,
   }
 }
 
-// Which keys the queries of a block see: all, but not the columns past the last.
+// The first `count` lanes, zeros in the others; all if there are fewer lanes.
 template <class V>
-struct AllKeys {
-  using Reg = typename V::Reg;
-  int64_t num_keys;
-
-  template <class T>
-  AllKeys(const AttentionTask<T>& task, const int32_t*, int64_t, int64_t)
-      : num_keys(task.num_keys) {}
-
-  // Zeros for keys not seen. `vector` is a row's v-th; is it the last of a tile?
-  MMDGT_INLINE Reg keep(int64_t, int64_t vector, bool last, Reg reg) const {
-    const int64_t left = num_keys - vector * V::kWidth;
-    return last && left < V::kWidth ? V::keep(reg, (1u << left) - 1) : reg;
-  }
-  // The same for maxima, which the columns past the last leave as they are.
-  MMDGT_INLINE Reg lower(int64_t, int64_t, Reg reg) const { return reg; }
-};
-
-// Those that the query's group selected.
-template <class V>
-struct MaskedKeys {
-  using Reg = typename V::Reg;
-  const uint8_t* masks[kQueryBlock];
-
-  template <class T>
-  MaskedKeys(const AttentionTask<T>& task, const int32_t* tokens, int64_t count,
-             int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      masks[i] = task.masks[tokens[std::min(i, count - 1)]];
-    }
-  }
-
-  MMDGT_INLINE uint32_t bits(int64_t row, int64_t vector) const {
-    uint32_t next;
-    std::memcpy(&next, masks[row] + vector * V::kWidth / 8, sizeof(next));
-    if constexpr (V::kWidth % 8) next >>= vector * V::kWidth % 8;
-    return next;
-  }
-  MMDGT_INLINE Reg keep(int64_t row, int64_t vector, bool, Reg reg) const {
-    return V::keep(reg, bits(row, vector));
-  }
-  MMDGT_INLINE Reg lower(int64_t row, int64_t vector, Reg reg) const {
-    const auto lowest =
-        V::broadcast(-std::numeric_limits<typename V::Scalar>::infinity());
-    const uint32_t seen = bits(row, vector);
-    return V::keep(reg, seen) + V::keep(lowest, ~seen);
-  }
-};
+MMDGT_INLINE typename V::Reg keep_first(typename V::Reg reg, int64_t count) {
+  return count < V::kWidth ? V::keep(reg, (1u << count) - 1) : reg;
+}
 
 // Row maxima of factor * score, lane by lane.
-template <class V, class Seen>
+template <class V>
 struct RowMaxima {
-  const Seen& seen;
   typename V::Scalar* lanes;  // (rows, width)
   typename V::Scalar factor;
 
-  template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
+  template <int kRows, int kVectors>
+  MMDGT_INLINE void operator()(int64_t row, int64_t first,
+                               const typename V::Reg (&tile)[kRows][kVectors]) const {
     const auto scale = V::broadcast(factor);
 #pragma GCC unroll 8
-    for (int r = 0; r < V::kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       auto best = V::load(lanes + (row + r) * V::kWidth);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        best = V::max(best, seen.lower(row + r, first + v, tile[r][v] * scale));
+        best = V::max(best, tile[r][v] * scale);
       }
       V::store(lanes + (row + r) * V::kWidth, best);
     }
@@ -148,21 +104,22 @@ struct RowMaxima {
 };
 
 // Turns scores into 2^(factor * score - shift), stores them and sums them by row.
-template <class V, class Seen, class Probability>
+template <class V, class Probability>
 struct Exponentials {
   using Scalar = typename V::Scalar;
-  const Seen& seen;
-  Probability* to;  // (rows, step)
+  int64_t num_keys;  // zeros in the columns past the last
+  Probability* to;   // (rows, step)
   int64_t step;
   Scalar factor;
   const Scalar* shifts;  // (rows)
   Scalar* sums;          // (rows, width)
 
-  template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
+  template <int kRows, int kVectors>
+  MMDGT_INLINE void operator()(int64_t row, int64_t first,
+                               const typename V::Reg (&tile)[kRows][kVectors]) const {
     const auto scale = V::broadcast(factor);
 #pragma GCC unroll 8
-    for (int r = 0; r < V::kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const auto shift = V::broadcast(-shifts[row + r]);
       Scalar* lanes = sums + (row + r) * V::kWidth;
       Probability* line = to + (row + r) * step + first * V::kWidth;
@@ -170,7 +127,8 @@ struct Exponentials {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         auto power = V::exp2(V::fmadd(tile[r][v], scale, shift));
-        power = seen.keep(row + r, first + v, v == kVectors - 1, power);
+        const int64_t left = num_keys - (first + v) * V::kWidth;
+        if (v == kVectors - 1) power = keep_first<V>(power, left);
         sum = sum + power;
         V::store(line + v * V::kWidth, power);
       }
@@ -179,8 +137,8 @@ struct Exponentials {
   }
 };
 
-template <class V, class Seen, class Layout, class T>
-void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
+template <class V, class Layout, class T>
+void attend_group(const ForwardTask<T>& task, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   using Multiply = typename Layout::Multiply;
   using Probability = typename Layout::Probability;
@@ -241,7 +199,6 @@ void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
       bounded = bounded && V::sum(squares) <= limit;
     }
 
-    const Seen seen(task, tokens, count, rows);
     const Left<Scalar> queries{query, depth, 1};
     const Right<Scalar> keys_t{key, keys};
     const int64_t vectors = keys / V::kWidth;
@@ -251,15 +208,15 @@ void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
                 -std::numeric_limits<Scalar>::infinity());
       // The scores are cheaper to compute twice than to keep.
       product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
-                           RowMaxima<V, Seen>{seen, maxima, factor});
+                           RowMaxima<V>{maxima, factor});
       for (int64_t i = 0; i < rows; ++i) {
         shifts[i] = V::largest(V::load(maxima + i * V::kWidth));
       }
     }
     std::fill(sums, sums + rows * V::kWidth, Scalar(0));
     product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
-                         Exponentials<V, Seen, Probability>{
-                             seen, reinterpret_cast<Probability*>(probability), keys,
+                         Exponentials<V, Probability>{
+                             num_keys, reinterpret_cast<Probability*>(probability), keys,
                              factor, shifts, sums});
     product<V, Multiply>(Left<Scalar>{probability, keys / kNumbers, 1},
                          Right<Scalar>{value, columns}, rows, key_depth,
@@ -274,15 +231,6 @@ void attend_seen(const ForwardTask<T>& task, Scratch& scratch) {
   }
 }
 
-template <class V, class Layout, class T>
-void attend(const ForwardTask<T>& task, Scratch& scratch) {
-  if (task.masks) {
-    attend_seen<V, MaskedKeys<V>, Layout>(task, scratch);
-  } else {
-    attend_seen<V, AllKeys<V>, Layout>(task, scratch);
-  }
-}
-
 // Turns dP into dS = P (dP - delta).
 template <class V>
 struct ScoreGradients {
@@ -292,10 +240,11 @@ struct ScoreGradients {
   Scalar* to;                 // (rows, step)
   int64_t step;
 
-  template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
+  template <int kRows, int kVectors>
+  MMDGT_INLINE void operator()(int64_t row, int64_t first,
+                               const typename V::Reg (&tile)[kRows][kVectors]) const {
 #pragma GCC unroll 8
-    for (int r = 0; r < V::kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const auto delta = V::broadcast(deltas[row + r]);
       const int64_t place = (row + r) * step + first * V::kWidth;
 #pragma GCC unroll 4
@@ -315,11 +264,12 @@ struct AddTile {
   typename V::Scalar factor;
   bool add;
 
-  template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
+  template <int kRows, int kVectors>
+  MMDGT_INLINE void operator()(int64_t row, int64_t first,
+                               const typename V::Reg (&tile)[kRows][kVectors]) const {
     const auto scale = V::broadcast(factor);
 #pragma GCC unroll 8
-    for (int r = 0; r < V::kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (row + r >= rows) return;
       typename V::Scalar* line = to + (row + r) * step + first * V::kWidth;
 #pragma GCC unroll 4
@@ -331,8 +281,39 @@ struct AddTile {
   }
 };
 
-template <class V, class Seen, class T>
-void attend_seen_backward(const BackwardTask<T>& task, Scratch& scratch) {
+// Copies the queries and output gradients of the block that starts there, repeating the
+// last up to a whole tile, and finds delta = dO . O (`out` has room for a row) and the
+// shift that the forward pass left in logsumexp.
+template <class V, class T>
+void gather_block(const BackwardTask<T>& task, int64_t first, int64_t columns,
+                  typename V::Scalar* query, typename V::Scalar* grad_out,
+                  typename V::Scalar* out, typename V::Scalar* shifts,
+                  typename V::Scalar* deltas) {
+  using Scalar = typename V::Scalar;
+  const int64_t head_dim = task.head_dim;
+  const int64_t count = std::min(kQueryBlock, task.num_queries - first);
+  const int64_t rows = round_up(count, V::kTileRows);
+  const int32_t* tokens = task.tokens + first;
+  for (const auto& next : {task.query, task.grad_out, task.out}) {
+    prefetch_rows(next, task.tokens, first + kQueryBlock, task.num_queries, head_dim);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int32_t token = tokens[std::min(i, count - 1)];  // repeat the last
+    copy_row<V>(task.query[token], query + i * columns, head_dim, columns);
+    copy_row<V>(task.grad_out[token], grad_out + i * columns, head_dim, columns);
+    copy_row<V>(task.out[token], out, head_dim, columns);
+    auto products = V::zero();
+    for (int64_t d = 0; d < columns; d += V::kWidth) {
+      products =
+          V::fmadd(V::load(grad_out + i * columns + d), V::load(out + d), products);
+    }
+    deltas[i] = V::sum(products);
+    shifts[i] = task.logsumexp[token] * static_cast<Scalar>(kLog2E);
+  }
+}
+
+template <class V, class T>
+void attend_group_backward(const BackwardTask<T>& task, Scratch& scratch) {
   using Scalar = typename V::Scalar;
   using Multiply = Singles<V>;
   using Layout = SinglesLayout<V, T>;
@@ -371,28 +352,11 @@ void attend_seen_backward(const BackwardTask<T>& task, Scratch& scratch) {
     const int64_t count = std::min(kQueryBlock, task.num_queries - first);
     const int64_t rows = round_up(count, V::kTileRows);
     const int32_t* tokens = task.tokens + first;
-    for (const auto& next : {task.query, task.grad_out, task.out}) {
-      prefetch_rows(next, task.tokens, first + kQueryBlock, task.num_queries, head_dim);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int32_t token = tokens[std::min(i, count - 1)];  // repeat the last
-      copy_row<V>(task.query[token], query + i * columns, head_dim, columns);
-      copy_row<V>(task.grad_out[token], grad_out + i * columns, head_dim, columns);
-      copy_row<V>(task.out[token], grad_query, head_dim, columns);
-      auto products = V::zero();
-      for (int64_t d = 0; d < columns; d += V::kWidth) {
-        products = V::fmadd(V::load(grad_out + i * columns + d), V::load(grad_query + d),
-                            products);
-      }
-      deltas[i] = V::sum(products);
-      shifts[i] = task.logsumexp[token] * static_cast<Scalar>(kLog2E);
-    }
-
-    const Seen seen(task, tokens, count, rows);
+    gather_block<V>(task, first, columns, query, grad_out, grad_query, shifts, deltas);
     const Left<Scalar> queries{query, columns, 1}, grad_outs{grad_out, columns, 1};
     product<V, Multiply>(
         queries, Right<Scalar>{key_t, keys}, rows, head_dim, keys / V::kWidth,
-        Exponentials<V, Seen, Scalar>{seen, probability, keys, factor, shifts, sums});
+        Exponentials<V, Scalar>{num_keys, probability, keys, factor, shifts, sums});
     product<V, Multiply>(grad_outs, Right<Scalar>{value_t, keys}, rows, head_dim,
                          keys / V::kWidth,
                          ScoreGradients<V>{probability, deltas, grad_score, keys});
@@ -411,32 +375,6 @@ void attend_seen_backward(const BackwardTask<T>& task, Scratch& scratch) {
       store_row<V>(grad_query + i * columns, scale, task.grad_query[tokens[i]], head_dim);
     }
   }
-}
-
-template <class V, class T>
-void attend_backward(const BackwardTask<T>& task, Scratch& scratch) {
-  if (task.masks) {
-    attend_seen_backward<V, MaskedKeys<V>>(task, scratch);
-  } else {
-    attend_seen_backward<V, AllKeys<V>>(task, scratch);
-  }
-}
-
-template <class V, class T>
-bool finite(Rows<const T> rows, int64_t tokens, int64_t head_dim) {
-  using Scalar = typename V::Scalar;
-  auto squares = V::zero();
-  Scalar rest = 0;
-  for (int64_t l = 0; l < tokens; ++l) {
-    const T* row = rows[l];
-    int64_t d = 0;
-    for (; d + V::kWidth <= head_dim; d += V::kWidth) {
-      const auto part = V::load(row + d);
-      squares = V::fmadd(part, part, squares);
-    }
-    for (; d < head_dim; ++d) rest += static_cast<Scalar>(row[d]) * row[d];
-  }
-  return std::isfinite(V::sum(squares) + rest);
 }
 
 // Adds gathered rows (count, padded D) to the rows that the index names.

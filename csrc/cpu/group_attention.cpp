@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <numeric>
 #include <type_traits>
@@ -34,22 +33,19 @@ bool in_range(const int32_t* numbers, int64_t count, int64_t limit) {
 }
 
 struct Task {
-  int64_t slice, group;  // all groups of a slice whose keys are masked
+  int64_t slice, group;  // all groups of a slice attended together
   int64_t first, count;  // places in the slice's queries
 };
 
 // What gathering a group's keys costs, as the time of this many queries.
-constexpr int64_t kGatherQueries = 10;
+constexpr int64_t kGatherQueries = 16;
 
 // How the slices are attended, and the tasks that they make. Where the groups are
 // small and K is a large part of L, gathering the keys of every group takes longer
-// than to score all of them: such slices take the dense product of their queries and
-// keys in the order of the tokens, under the groups' masks.
+// than to score all of them: the groups of such a slice are attended together.
 class Plan {
  public:
-  // finite(slice): whether zero times any row is zero, which masks rely on.
-  template <class Finite>
-  Plan(const at::Tensor& group, const at::Tensor& index, const Finite& finite)
+  Plan(const at::Tensor& group, const at::Tensor& index)
       : slices_(index.size(0) * index.size(1)),
         groups_(index.size(2)),
         num_keys_(index.size(3)),
@@ -57,10 +53,9 @@ class Plan {
         group_(group.const_data_ptr<int32_t>()),
         index_(index.const_data_ptr<int32_t>()),
         order_(slices_ * tokens_),
-        masked_(slices_) {
-    if (masking_pays(std::min(groups_, tokens_))) {
-      masks_.resize(slices_ * groups_ * mask_bytes() + 3);
-    }
+        together_(slices_),
+        all_(tokens_) {
+    std::iota(all_.begin(), all_.end(), 0);
     std::vector<int64_t> starts(slices_ * (groups_ + 1), 0);
     std::atomic<bool> groups_exist{true}, tokens_exist{true};
     at::parallel_for(0, slices_, 1, [&](int64_t begin, int64_t end) {
@@ -75,11 +70,9 @@ class Plan {
         sort(slice, start);
         int64_t used = 0;
         for (int64_t g = 0; g < groups_; ++g) used += start[g] < start[g + 1];
-        masked_[slice] = masking_pays(used) && finite(slice) && make_masks(slice);
-        if (masked_[slice]) {
-          std::iota(order_.data() + slice * tokens_,
-                    order_.data() + (slice + 1) * tokens_, 0);
-        }
+        // What either way costs, in scores.
+        together_[slice] =
+            tokens_ * tokens_ <= num_keys_ * (tokens_ + used * kGatherQueries);
       }
     });
     TORCH_CHECK_INDEX(groups_exist, "group must name groups 0 to ", groups_ - 1,
@@ -88,7 +81,7 @@ class Plan {
                       ", got one outside");
     for (int64_t slice = 0; slice < slices_; ++slice) {
       begin_.push_back(tasks_.size());
-      if (masked_[slice]) {
+      if (together_[slice]) {
         add_tasks(slice, 0, 0, tokens_);
         continue;
       }
@@ -105,20 +98,16 @@ class Plan {
     return order_.data() + task.slice * tokens_ + task.first;
   }
   const int32_t* keys(const Task& task) const {
-    if (masked_[task.slice]) return order_.data() + task.slice * tokens_;
+    if (together_[task.slice]) return all_.data();
     return index_ + (task.slice * groups_ + task.group) * num_keys_;
   }
-  int64_t num_keys(int64_t slice) const { return masked_[slice] ? tokens_ : num_keys_; }
-  KeyMasks masks(int64_t slice) const {
-    if (!masked_[slice]) return {};
-    return {{mask(slice, 0), mask_bytes()}, group_ + slice * tokens_};
+  int64_t num_keys(int64_t slice) const { return together_[slice] ? tokens_ : num_keys_; }
+  Choices choices(int64_t slice) const {
+    if (!together_[slice]) return {};
+    return {group_ + slice * tokens_, index_ + slice * groups_ * num_keys_, num_keys_};
   }
 
  private:
-  bool masking_pays(int64_t used_groups) const {
-    return tokens_ * tokens_ <= num_keys_ * (tokens_ + used_groups * kGatherQueries);
-  }
-
   // Orders a slice's queries by group; start (G + 1) is where the groups begin.
   void sort(int64_t slice, int64_t* start) {
     const int32_t* of = group_ + slice * tokens_;
@@ -131,34 +120,6 @@ class Plan {
     }
   }
 
-  // Whole bytes for the widest vector.
-  int64_t mask_bytes() const { return round_up(tokens_, 16) / 8; }
-  const uint8_t* mask(int64_t slice, int64_t group) const {
-    return masks_.data() + (slice * groups_ + group) * mask_bytes();
-  }
-
-  // False if a group names a key twice, which a mask cannot say.
-  bool make_masks(int64_t slice) {
-    std::vector<uint8_t> seen(8 * mask_bytes());  // a byte per token
-    const int32_t* index = index_ + slice * groups_ * num_keys_;
-    uint8_t* to = masks_.data() + slice * groups_ * mask_bytes();
-    for (int64_t g = 0; g < groups_; ++g, index += num_keys_) {
-      std::fill(seen.begin(), seen.end(), uint8_t(0));
-      for (int64_t k = 0; k < num_keys_; ++k) seen[index[k]] = 1;
-      int64_t count = 0;
-      for (int64_t byte = 0; byte < mask_bytes(); ++byte) {
-        // Zeros and ones, the first in the lowest byte: their bits side by side and
-        // their sum gather in the highest.
-        uint64_t eight;
-        std::memcpy(&eight, seen.data() + 8 * byte, sizeof(eight));
-        *to++ = static_cast<uint8_t>(eight * 0x0102040810204080 >> 56);
-        count += static_cast<int64_t>(eight * 0x0101010101010101 >> 56);
-      }
-      if (count != num_keys_) return false;
-    }
-    return true;
-  }
-
   void add_tasks(int64_t slice, int64_t group, int64_t first, int64_t end) {
     for (; first < end; first += kTaskQueries) {
       tasks_.push_back({slice, group, first, std::min(kTaskQueries, end - first)});
@@ -166,13 +127,13 @@ class Plan {
   }
 
   int64_t slices_, groups_, num_keys_, tokens_;
-  const int32_t* group_;         // (B * H, L)
-  const int32_t* index_;         // (B * H, G, K)
-  std::vector<int32_t> order_;   // (B * H, L), the queries as tasks take them
-  std::vector<uint8_t> masked_;  // (B * H)
-  std::vector<uint8_t> masks_;   // (B * H, G, bytes), one bit per token
-  std::vector<Task> tasks_;      // by slice, group and place
-  std::vector<int64_t> begin_;   // (B * H + 1)
+  const int32_t* group_;           // (B * H, L)
+  const int32_t* index_;           // (B * H, G, K)
+  std::vector<int32_t> order_;     // (B * H, L), the queries by group
+  std::vector<uint8_t> together_;  // (B * H), whether one task takes all groups
+  std::vector<int32_t> all_;       // (L), the tokens
+  std::vector<Task> tasks_;        // by slice, group and place
+  std::vector<int64_t> begin_;     // (B * H + 1)
 };
 
 // Fills in what forward and backward share.
@@ -198,7 +159,7 @@ class Inputs {
     work.num_keys = plan_.num_keys(task.slice);
     work.head_dim = head_dim_;
     work.scale = scale_;
-    work.masks = plan_.masks(task.slice);
+    work.choices = plan_.choices(task.slice);
   }
 
  private:
@@ -214,14 +175,11 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cpu(
   auto out = empty_heads_last(query);
   auto logsumexp =
       at::empty(group.sizes(), query.options().dtype(accumulate_type(query)));
-  const int64_t tokens = query.size(2), head_dim = query.size(3);
+  const int64_t tokens = query.size(2);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention", [&] {
         using sum_t = accumulate_t<scalar_t>;
-        const Slices<const scalar_t> values(value);
-        const Plan plan(group, index, [&](int64_t slice) {
-          return kernels<scalar_t>().finite(values[slice], tokens, head_dim);
-        });
+        const Plan plan(group, index);
         const Inputs<scalar_t> inputs(query, key, value, scale, plan);
         const Slices<scalar_t> outs(out);
         sum_t* sums = logsumexp.mutable_data_ptr<sum_t>();
@@ -298,14 +256,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cpu(
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "group_attention_backward", [&] {
         using sum_t = accumulate_t<scalar_t>;
-        const Slices<const scalar_t> queries(query), keys(key), values(value), outs(out),
-            grad_outs(grad_out);
-        const Plan plan(group, index, [&](int64_t slice) {
-          for (const auto& rows : {queries, keys, values, grad_outs}) {
-            if (!kernels<scalar_t>().finite(rows[slice], tokens, head_dim)) return false;
-          }
-          return true;
-        });
+        const Slices<const scalar_t> outs(out), grad_outs(grad_out);
+        const Plan plan(group, index);
         const Inputs<scalar_t> inputs(query, key, value, scale, plan);
         const Slices<scalar_t> grad_queries(grad_query), grad_keys(grad_key),
             grad_values(grad_value);

@@ -4,6 +4,7 @@
 #include "product-inl.h"
 #include "routing-inl.h"
 #include "attention-inl.h"
+#include "attention_of_few-inl.h"
 #include "gelu_batch_norm-inl.h"
 
 namespace mmdgt::cpu {
@@ -14,7 +15,6 @@ Kernels<T> kernel_table() {
   return {
       assign<Routing, T>,
       select<Routing, T>,
-      finite<V, T>,
       attend<V, Layout, T>,
       attend_backward<V, T>,
       add_rows<V>,

@@ -40,18 +40,18 @@ struct SelectTask {
   int32_t* index;  // (G, K)
 };
 
-// The keys that each group selected, one bit per token.
-struct KeyMasks {
-  Rows<const uint8_t> of{};        // (G, bytes), zeros up to a whole vector; readable
-                                   // three bytes further
+// The keys that each group selected.
+struct Choices {
   const int32_t* group = nullptr;  // (L), of the slice
+  const int32_t* index = nullptr;  // (G, K)
+  int64_t num_keys = 0;
 
   explicit operator bool() const { return group; }
-  const uint8_t* operator[](int64_t query) const { return of[group[query]]; }
 };
 
-// Queries and the keys they attend to: those of one group, or with masks any
-// queries and all tokens as keys, of which each query sees its group's.
+// Queries and the keys they attend to: those of one group, or with choices any
+// queries, ordered by group, and all tokens as keys, of which each query sees its
+// group's.
 template <class T>
 struct AttentionTask {
   Rows<const T> query, key, value;
@@ -60,7 +60,7 @@ struct AttentionTask {
   const int32_t* index;  // (K)
   int64_t num_keys, head_dim;
   double scale;
-  KeyMasks masks;
+  Choices choices;
 };
 
 // float64 accumulates in itself, everything else in float32.
@@ -109,8 +109,6 @@ template <class T>
 struct Kernels {
   void (*assign)(const AssignTask<T>&, Scratch&);
   void (*select)(const SelectTask<T>&, Scratch&);
-  // Whether the sum of all squares is finite.
-  bool (*finite)(Rows<const T>, int64_t tokens, int64_t head_dim);
   void (*forward)(const ForwardTask<T>&, Scratch&);
   void (*backward)(const BackwardTask<T>&, Scratch&);
   // Adds numbers (count, padded_head_dim) to the rows that the index names.

@@ -25,62 +25,122 @@ template <class Scalar>
 struct Right {
   const Scalar* data;
   int64_t step;
+
+  MMDGT_INLINE const Scalar* row(int64_t depth) const { return data + depth * step; }
 };
 
-template <class V, class Multiply, int kVectors, class Epilogue>
-void product_columns(Left<typename V::Scalar> left, Right<typename V::Scalar> right,
-                     int64_t rows, int64_t depth, int64_t first,
-                     const Epilogue& epilogue) {
+// The same, of the rows that an index names.
+template <class Scalar>
+struct IndexedRight {
+  const Scalar* data;
+  int64_t step;
+  const int32_t* index;  // (depth)
+
+  MMDGT_INLINE const Scalar* row(int64_t depth) const {
+    return data + index[depth] * step;
+  }
+};
+
+template <class V, class Multiply, int kRows, int kVectors, class RightOperand,
+          class Epilogue>
+MMDGT_INLINE void product_tile(Left<typename V::Scalar> left, RightOperand right,
+                               int64_t row, int64_t depth, int64_t first,
+                               const Epilogue& epilogue) {
   using Reg = typename V::Reg;
-  constexpr int kRows = V::kTileRows;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    Reg tile[kRows][kVectors];
+  Reg tile[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) tile[r][v] = V::zero();
+  }
+  const typename V::Scalar* a = left.data + row * left.row_step;
+  for (int64_t d = 0; d < depth; ++d) {
+    const typename V::Scalar* b = right.row(d) + first * V::kWidth;
+    Reg columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = V::load(b + v * V::kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      const Reg element = V::broadcast(a[r * left.row_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) tile[r][v] = V::zero();
-    }
-    const typename V::Scalar* a = left.data + row * left.row_step;
-    const typename V::Scalar* b = right.data + first * V::kWidth;
-    for (int64_t d = 0; d < depth; ++d) {
-      Reg columns[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) columns[v] = V::load(b + v * V::kWidth);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Reg element = V::broadcast(a[r * left.row_step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          tile[r][v] = Multiply::fmadd(element, columns[v], tile[r][v]);
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        tile[r][v] = Multiply::fmadd(element, columns[v], tile[r][v]);
       }
-      a += left.depth_step;
-      b += right.step;
     }
-    epilogue.template operator()<kVectors>(row, first, tile);
+    a += left.depth_step;
+  }
+  epilogue(row, first, tile);
+}
+
+// The epilogue by value: the compiler knows that what it stores does not change it.
+template <class V, class Multiply, int kRows, int kVectors, class RightOperand,
+          class Epilogue>
+void product_columns(Left<typename V::Scalar> left, RightOperand right, int64_t row,
+                     int64_t end, int64_t depth, int64_t first, Epilogue epilogue) {
+  for (; row < end; row += kRows) {
+    product_tile<V, Multiply, kRows, kVectors>(left, right, row, depth, first, epilogue);
+  }
+}
+
+// Rows `row` to `end`, a multiple of kRows.
+template <class V, class Multiply, int kRows, class RightOperand, class Epilogue>
+void product_rows(Left<typename V::Scalar> left, RightOperand right, int64_t row,
+                  int64_t end, int64_t depth, int64_t vectors, const Epilogue& epilogue) {
+  // One or two rows need more vectors to hide the latency of their sums.
+  constexpr int kMost = kRows > 2 ? V::kTileVectors : 4;
+  for (int64_t first = 0; first < vectors; first += kMost) {
+    const int64_t now = std::min<int64_t>(kMost, vectors - first);
+    if constexpr (kMost >= 4) {
+      if (now == 4) {
+        product_columns<V, Multiply, kRows, 4>(left, right, row, end, depth, first,
+                                               epilogue);
+      } else if (now == 3) {
+        product_columns<V, Multiply, kRows, 3>(left, right, row, end, depth, first,
+                                               epilogue);
+      }
+    }
+    if (now == 2) {
+      product_columns<V, Multiply, kRows, 2>(left, right, row, end, depth, first,
+                                             epilogue);
+    } else if (now == 1) {
+      product_columns<V, Multiply, kRows, 1>(left, right, row, end, depth, first,
+                                             epilogue);
+    }
   }
 }
 
 // Computes left (rows, depth) * right (depth, vectors * width) and hands every
 // register tile to epilogue(row, first vector, tile). `rows` must be a multiple of
 // V::kTileRows: pad the left operand.
-template <class V, class Multiply, class Epilogue>
-void product(Left<typename V::Scalar> left, Right<typename V::Scalar> right, int64_t rows,
+template <class V, class Multiply, class RightOperand, class Epilogue>
+void product(Left<typename V::Scalar> left, RightOperand right, int64_t rows,
              int64_t depth, int64_t vectors, const Epilogue& epilogue) {
-  for (int64_t first = 0; first < vectors; first += V::kTileVectors) {
-    const int64_t now = std::min<int64_t>(V::kTileVectors, vectors - first);
-    if constexpr (V::kTileVectors >= 4) {
-      if (now == 4) {
-        product_columns<V, Multiply, 4>(left, right, rows, depth, first, epilogue);
-      } else if (now == 3) {
-        product_columns<V, Multiply, 3>(left, right, rows, depth, first, epilogue);
-      }
+  product_rows<V, Multiply, V::kTileRows>(left, right, 0, rows, depth, vectors, epilogue);
+}
+
+// One tile of kRows rows or fewer.
+template <class V, class Multiply, int kRows, class RightOperand, class Epilogue>
+void product_of_few(Left<typename V::Scalar> left, RightOperand right, int64_t row,
+                    int64_t end, int64_t depth, int64_t vectors,
+                    const Epilogue& epilogue) {
+  if constexpr (kRows > 1) {
+    if (end - row < kRows) {
+      product_of_few<V, Multiply, kRows - 1>(left, right, row, end, depth, vectors,
+                                             epilogue);
+      return;
     }
-    if (now == 2) {
-      product_columns<V, Multiply, 2>(left, right, rows, depth, first, epilogue);
-    } else if (now == 1) {
-      product_columns<V, Multiply, 1>(left, right, rows, depth, first, epilogue);
-    }
+  }
+  product_rows<V, Multiply, kRows>(left, right, row, end, depth, vectors, epilogue);
+}
+
+// The same for a few rows of any number, in tiles of even heights.
+template <class V, class Multiply, class RightOperand, class Epilogue>
+void unpadded_product(Left<typename V::Scalar> left, RightOperand right, int64_t rows,
+                      int64_t depth, int64_t vectors, const Epilogue& epilogue) {
+  const int64_t tiles = (rows + V::kTileRows - 1) / V::kTileRows;
+  for (int64_t i = 0; i < tiles; ++i) {
+    product_of_few<V, Multiply, V::kTileRows>(
+        left, right, rows * i / tiles, rows * (i + 1) / tiles, depth, vectors, epilogue);
   }
 }
 
@@ -90,10 +150,11 @@ struct StoreTile {
   typename V::Scalar* to;
   int64_t step;
 
-  template <int kVectors, class Tile>
-  MMDGT_INLINE void operator()(int64_t row, int64_t first, const Tile& tile) const {
+  template <int kRows, int kVectors>
+  MMDGT_INLINE void operator()(int64_t row, int64_t first,
+                               const typename V::Reg (&tile)[kRows][kVectors]) const {
 #pragma GCC unroll 8
-    for (int r = 0; r < V::kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       typename V::Scalar* line = to + (row + r) * step + first * V::kWidth;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) V::store(line + v * V::kWidth, tile[r][v]);

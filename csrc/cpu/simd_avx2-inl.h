@@ -86,6 +86,12 @@ struct Avx2 {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
     return _mm256_and_ps(reg, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
   }
+  static MMDGT_INLINE Reg gather(const float* from, const int32_t* index) {
+    // Into zeros, or else it would wait for what the register held before.
+    return _mm256_mask_i32gather_ps(
+        zero(), from, _mm256_loadu_si256((const __m256i*)index),
+        _mm256_castsi256_ps(_mm256_set1_epi32(-1)), sizeof(float));
+  }
   static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
     const __m128i places = _mm_loadl_epi64((const __m128i*)&kSetBits.places[bits]);
     _mm256_storeu_si256((__m256i*)to, _mm256_add_epi32(_mm256_cvtepu8_epi32(places),

@@ -61,6 +61,11 @@ struct Avx512 {
   static MMDGT_INLINE Reg keep(Reg reg, uint32_t bits) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), reg);
   }
+  static MMDGT_INLINE Reg gather(const float* from, const int32_t* index) {
+    // Into zeros, or else it would wait for what the register held before.
+    return _mm512_mask_i32gather_ps(zero(), 0xffff, _mm512_loadu_si512(index), from,
+                                    sizeof(float));
+  }
   static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {
     const __m512i lane =
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -77,6 +77,12 @@ struct Portable {
     for (int i = 0; i < kWidth; ++i) reg[i] = bits >> i & 1 ? reg[i] : T(0);
     return reg;
   }
+  // from[index[i]] in lane i.
+  static MMDGT_INLINE Reg gather(const T* from, const int32_t* index) {
+    Reg reg;
+    for (int i = 0; i < kWidth; ++i) reg[i] = from[index[i]];
+    return reg;
+  }
   // Stores first + i for every set bit i, one after the other, and something in the
   // rest of kWidth places.
   static MMDGT_INLINE void store_set(int32_t* to, int32_t first, uint32_t bits) {

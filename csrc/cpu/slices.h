@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -42,15 +43,23 @@ class Slices {
   int64_t heads_, batch_step_, head_step_, token_step_;
 };
 
-// Calls run(task, scratch) for every task, each thread taking the next one when it
-// is done: tasks differ in size. What they compute must not depend on the order.
+// Calls run(task, scratch) for every task. Tasks differ in size, so each thread takes
+// one after the other: first of its own share, which is the same in every call and may
+// be in its cache, then of the others'. What tasks compute must not depend on the order.
 template <class Run>
 void parallel_tasks(int64_t tasks, const Run& run) {
-  std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  std::vector<std::atomic<int64_t>> taken(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
     Scratch scratch;
-    for (int64_t task = next++; task < tasks; task = next++) run(task, scratch);
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t share = (own + i) % threads;
+      const int64_t first = tasks * share / threads;
+      const int64_t count = tasks * (share + 1) / threads - first;
+      for (int64_t next = taken[share]++; next < count; next = taken[share]++) {
+        run(first + next, scratch);
+      }
+    }
   });
 }
 
