@@ -337,9 +337,11 @@ PEERS = {
 
 
 def part_of(cfg, path):
-    """The settings of a part, but for those that are the backbone's."""
+    """The settings of a part, but for those that are the backbone's and our checks."""
     for name in path.split('.'):
         cfg = cfg[name]
+    if path == 'train_pipeline':
+        cfg = [step for step in cfg if step['type'] != 'CheckLabelMap']
     return {
         key: value.removeprefix('mmdet.') if isinstance(value, str) else value
         for key, value in leaves(cfg).items()
