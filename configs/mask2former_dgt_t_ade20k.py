@@ -8,7 +8,7 @@ _base_ = [
 custom_imports = dict(imports=['mmdgt', 'mmdet.models'])
 # The shorter side from half to twice of 512 pixels.
 train_pipeline = _base_.train_pipeline
-train_pipeline[2] = dict(
+train_pipeline[3] = dict(
     type='RandomChoiceResize',
     scales=[int(51.2 * i) for i in range(5, 21)],
     resize_type='ResizeShortestEdge',

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -356,6 +357,33 @@ def test_head_and_recipe_are_those_of_the_peers(name):
     ours, theirs = Config.fromfile(CONFIGS / f'{name}.py'), peer(path)
     for part in parts.split():
         assert part_of(ours, part).items() <= part_of(theirs, part).items(), part
+
+
+def pipelines(settings):
+    """All pipelines in the settings of a data set, which may hold others."""
+    if isinstance(settings, dict):
+        if 'pipeline' in settings:
+            yield settings['pipeline']
+        for value in settings.values():
+            yield from pipelines(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from pipelines(value)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_pipelines_build(name):
+    """A step takes no argument that is another's."""
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(cfg.default_scope)
+    found = [
+        pipeline
+        for which in ('train', 'val', 'test')
+        for pipeline in pipelines(cfg[f'{which}_dataloader']['dataset'])
+    ]
+    assert len(found) >= 3
+    for pipeline in [*found, cfg.get('tta_pipeline', [])]:
+        Compose(pipeline)
 
 
 def test_multi_scale_as_in_mmsegmentation():

@@ -3,8 +3,8 @@ _base_ = 'ade20k.py'
 data_root = 'data/cityscapes'
 crop_size = (512, 1024)
 train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = (2048, 1024)
-train_pipeline[3].crop_size = crop_size
+train_pipeline[3].scale = (2048, 1024)
+train_pipeline[4].crop_size = crop_size
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = (2048, 1024)
 dataset = dict(type='CityscapesDataset', data_root=data_root)
