@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner
-from test_configs import TRAINING, build
+from test_configs import BATCHES, CONFIGS, build, smaller
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,7 @@ WIDTHS = {
     'mmdet': {'neck.in_channels': TINY['dims']},
     'mmpretrain': {'head.in_channels': TINY['dims'][3]},
 }
-CONFIGS = {
+DEMOS = {
     'mmseg': 'upernet_dgt_t_demo',
     'mmdet': 'mask_rcnn_dgt_t_demo',
     'mmpretrain': 'dgt_t_demo',
@@ -35,16 +36,16 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize('framework', TRAINING)
+@pytest.mark.parametrize('framework', BATCHES)
 @pytest.mark.parametrize(('device', 'dtype'), WRAPPERS)
 def test_mixed_precision_learns(framework, device, dtype):
     if device == 'cuda' and not torch.cuda.is_available():
         pytest.skip('needs a GPU')
-    smaller, head_of, make_batch = TRAINING[framework]
-    settings = WIDTHS[framework] | smaller
-    settings['backbone.num_keys'] = 10
+    name = DEMOS[framework]
+    settings, num_classes = smaller(Config.fromfile(CONFIGS / f'{name}.py').model)
+    settings |= WIDTHS[framework] | {'backbone.num_keys': 10}
     settings = {f'model.{key}': value for key, value in settings.items()}
-    cfg, model = build(CONFIGS[framework], TINY, **settings)
+    cfg, model = build(name, TINY, **settings)
     model.to(device).train()
     cfg.optim_wrapper.type = WRAPPERS[device, dtype]
     wrapper = Runner.build_optim_wrapper(
@@ -56,7 +57,7 @@ def test_mixed_precision_learns(framework, device, dtype):
         dtypes.add(out.dtype)
 
     model.backbone.stages[0].merge[0].register_forward_hook(note)
-    batch = make_batch(head_of(model).num_classes)
+    batch = BATCHES[framework](num_classes)
     losses = []
     for _ in range(100):
         losses.append(model.train_step(batch, wrapper)['loss'].item())
