@@ -119,9 +119,18 @@ class Predictor:
         """Predict for an image (H, W, 3), BGR; returns the framework's data sample."""
         return self.model.test_step(pseudo_collate([self.prepare(image)]))[0]
 
+    def find(self, image: np.ndarray):
+        """:meth:`predict`, without the scores of a segmentor where they take much."""
+        if self.framework.name == 'mmseg':
+            from .segmentation import scores_classes_apart, segment
+
+            if scores_classes_apart(self.model):
+                return segment(self.model, self.prepare(image))
+        return self.predict(image)
+
     def draw(self, image: np.ndarray) -> np.ndarray:
         """Predict and draw the prediction over the image, (H, W, 3) BGR both."""
-        sample, rgb = self.predict(image), mmcv.bgr2rgb(image)
+        sample, rgb = self.find(image), mmcv.bgr2rgb(image)
         classes = self.metainfo.get('classes')
         drawn = self.framework.draw(self.visualizer, rgb, sample, classes)
         return mmcv.rgb2bgr(drawn)
