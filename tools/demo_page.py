@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,16 @@ def build(page: Page):
     """Lay the page out, a Gradio application."""
     import gradio as gr
 
+    # Every thread that calls PyTorch gets threads and memory of its own.
+    worker = ThreadPoolExecutor(1)
+
     def told(function: Callable) -> Callable:
         """Tell the visitor of our own errors, and of others only that there is one."""
 
         @wraps(function)
         def call(*args: Any) -> Any:
             try:
-                return function(*args)
+                return worker.submit(function, *args).result()
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             except Exception as error:
@@ -129,7 +133,10 @@ def build(page: Page):
         async def take_uploads_alone(path: str | None) -> str | None:
             """Gradio would fetch what a visitor's URL names, however large."""
             if path and '://' in path:
-                raise gr.Error('Expected an uploaded picture, got the address of one.')
+                raise gr.Error(
+                    'Expected an uploaded picture, got the address of one.',
+                    print_exception=False,
+                )
             return await take(path)
 
         file.async_move_resource_to_block_cache = take_uploads_alone
