@@ -7,15 +7,18 @@ be, asked to come back later, or lost: all that is anything else.
 """
 
 import argparse
+import json
 import os
 import random
 import re
+import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
@@ -76,14 +79,14 @@ def draw_requests(folder: Path, rng: np.random.Generator) -> tuple[list, list]:
         'bomb': (bomb(30_000), 'Expected a picture|million pixels'),
         'program': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'a picture'),
         'thin': (cv2.imencode('.png', picture[:1])[1].tobytes(), 'smaller|at least'),
-        'heavy': (bytes(21 * 2**20), 'Expected at most|maximum allowed size|413'),
+        'heavy': (bytes(21 * 2**20), 'HTTP Error 413'),
     }
     hostile = []
     for name, (content, answer) in files.items():
         (folder / f'{name}.png').write_bytes(content)
         hostile.append(Request(name, folder / f'{name}.png', answer))
     hostile.append(Request('address', 'http://127.0.0.1/x.png', 'an uploaded picture'))
-    hostile.append(Request('path', '/etc/passwd', 'None|upstream|error'))
+    hostile.append(Request('path', '/etc/passwd', '^refused without a reason$'))
     return harmless, hostile
 
 
@@ -105,12 +108,12 @@ class Crowd:
 
     Args:
         url (str): Of the page.
-        secrets (list[str]): What no answer may name.
+        private (list[str]): What no answer may name.
         requests (tuple[list, list]): Harmless and hostile ones.
     """
 
-    def __init__(self, url: str, secrets: list[str], requests: tuple) -> None:
-        self.url, self.secrets = url, secrets
+    def __init__(self, url: str, private: list[str], requests: tuple) -> None:
+        self.url, self.private = url, private
         self.harmless, self.hostile = requests
         self.counts: Counter = Counter()
         self.latencies: list[float] = []
@@ -130,13 +133,16 @@ class Crowd:
 
     def send(self, client: gradio_client.Client, request: Request) -> None:
         """Send one request and judge its answer."""
-        file = dict(path=request.file, meta={'_type': 'gradio.FileData'})
         start = time.monotonic()
         try:
-            if isinstance(request.file, Path):
+            if request.name == 'heavy':  # which Gradio's client would not send
+                post(f'{self.url}/gradio_api/upload', request.file.read_bytes())
+            if request.name in ('address', 'path'):
+                found = claim(self.url, request.file)
+            else:
                 file = gradio_client.handle_file(request.file)
-            job = client.submit(file, api_name='/predict')
-            found = cv2.imread(job.result(PATIENCE)).shape[:2]
+                job = client.submit(file, api_name='/predict')
+                found = cv2.imread(job.result(PATIENCE)).shape[:2]
         except Exception as error:
             found = f'{type(error).__name__}: {error}'
         spent = time.monotonic() - start
@@ -145,7 +151,7 @@ class Crowd:
 
     def judge(self, request: Request, found: tuple | str, spent: float) -> None:
         """Count an answer."""
-        if isinstance(found, str) and any(text in found for text in self.secrets):
+        if isinstance(found, str) and any(text in found for text in self.private):
             self.counts['named a folder'] += 1
             self.odd.append(f'{request.name}: {found}')
         if found == request.answer:
@@ -162,6 +168,32 @@ class Crowd:
         else:
             self.counts['lost'] += 1
             self.odd.append(f'{request.name}: {found}')
+
+
+def post(url: str, body: bytes, kind: str = 'multipart/form-data; boundary=x') -> str:
+    """The answer to a body that is sent as it is."""
+    message = urllib.request.Request(url, body, {'Content-Type': kind})
+    with urllib.request.urlopen(message, timeout=PATIENCE) as answer:
+        return answer.read().decode()
+
+
+def claim(url: str, path: str) -> str:
+    """What a visitor is told who names a file that was not uploaded."""
+    session = secrets.token_hex(8)
+    file = dict(path=path, meta={'_type': 'gradio.FileData'})
+    body = json.dumps(dict(data=[file], fn_index=0, session_hash=session)).encode()
+    try:
+        post(f'{url}/gradio_api/queue/join', body, 'application/json')
+    except urllib.error.HTTPError as error:
+        return f'{error} {error.read().decode()}'
+    stream = f'{url}/gradio_api/queue/data?session_hash={session}'
+    with urllib.request.urlopen(stream, timeout=PATIENCE) as events:
+        for line in events:
+            event = json.loads(line.removeprefix(b'data:') if line.strip() else '{}')
+            if event.get('msg') == 'process_completed':
+                told = event['output'].get('error') or 'refused without a reason'
+                return 'served' if event['success'] else told
+    return 'no answer'
 
 
 def every(seconds: float, until: float, call: Callable[[], Any]) -> list:
@@ -198,24 +230,26 @@ def wait_for(url: str, page: subprocess.Popen) -> None:
     sys.exit(f'nothing is served at {url}')
 
 
-def measure_page(args: argparse.Namespace, folder: Path, url: str, pid: int) -> dict:
-    """Send the crowd, and watch the page meanwhile."""
+def measure_page(
+    visitors: int, seconds: float, folder: Path, url: str, process: int
+) -> dict:
+    """Send a crowd, and watch the page meanwhile."""
     requests = draw_requests(folder, np.random.default_rng(0))
-    secrets = [str(folder), str(Path(__file__).parents[1]), '/etc/', 'site-packages']
-    crowd = Crowd(url, secrets, requests)
+    private = [str(folder), str(Path(__file__).parents[1]), '/etc/', 'site-packages']
+    crowd = Crowd(url, private, requests)
     first = connect(url, folder / 'downloads', '10.1.0.0')
     crowd.send(first, crowd.harmless[-1])  # which is slower than those that follow
     crowd.counts.clear()
     crowd.latencies.clear()
-    until = time.monotonic() + args.seconds
+    until = time.monotonic() + seconds
     threads = [
         threading.Thread(target=crowd.visit, args=(i, until, folder / 'downloads'))
-        for i in range(args.visitors)
+        for i in range(visitors)
     ]
     for thread in threads:
         thread.start()
     watched = every(
-        2.0, until, lambda: (resident_mib(pid), stored_mib(folder / 'page'))
+        2.0, until, lambda: (resident_mib(process), stored_mib(folder / 'page'))
     )
     for thread in threads:
         thread.join()
@@ -223,8 +257,8 @@ def measure_page(args: argparse.Namespace, folder: Path, url: str, pid: int) -> 
     third = len(memory) // 3
     ranks = statistics.quantiles(crowd.latencies, n=100)
     return dict(
-        visitors=args.visitors,
-        seconds=args.seconds,
+        visitors=visitors,
+        seconds=seconds,
         **{
             name: crowd.counts[name]
             for name in ('served', 'refused by name', 'asked to come back later')
@@ -255,7 +289,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config')
-    parser.add_argument('--visitors', type=int, default=50)
+    parser.add_argument(
+        '--visitors', type=int, nargs='+', default=[5, 50], help='of each crowd'
+    )
     parser.add_argument('--seconds', type=float, default=120)
     parser.add_argument('--port', type=int, default=7861)
     add_out(parser, Path('docs/reliability/page_load.json'), 'the JSON')
@@ -277,16 +313,19 @@ def main() -> None:
         try:
             url = f'http://127.0.0.1:{args.port}'
             wait_for(url, page)
-            found = measure_page(args, folder, url, page.pid)
+            results = [
+                measure_page(visitors, args.seconds, folder, url, page.pid)
+                for visitors in args.visitors
+            ]
         finally:
             page.terminate()
             page.wait()
-        found['temporary_files_after_the_end'] = len(list((folder / 'page').iterdir()))
-    for name, value in found.items():
-        print(f'{name}: {value}')
-    config = Path(args.config).name
-    save(out, machine('cpu'), results=[dict(config=config, **found)])
-    if found['lost'] or found['named a folder']:
+        left = [file.name for file in (folder / 'page').iterdir()]
+    for found in results:
+        print(*(f'{name}: {value}' for name, value in found.items()), sep='\n')
+    about = dict(config=Path(args.config).name, files_left_at_the_end=left)
+    save(out, machine('cpu') | about, results=results)
+    if any(found['lost'] or found['named a folder'] for found in results):
         sys.exit('requests were lost, or answers named folders')
 
 
