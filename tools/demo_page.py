@@ -30,6 +30,7 @@ from mmengine.config import Config
 from page_limits import MAX_BYTES, Limits, sweep_forever
 from PIL import Image
 
+from mmdgt.commands import run_command
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -228,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

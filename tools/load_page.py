@@ -33,6 +33,7 @@ import torch
 from measure import add_out, find_out, machine, save
 from mmengine.config import Config
 
+from mmdgt.commands import run_command
 from mmdgt.openmmlab.apis.inference import Predictor
 
 SHARE = 0.2  # of hostile requests
@@ -330,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -25,13 +25,13 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ...weights import weights_of
 from ..checkpoints import (
     check_resumable,
     load_weights,
     newest_checkpoint,
     read_checkpoint,
     secure_framework,
-    weights_of,
 )
 from ..engine.resume import RESUMABLE, resumable, steady
 
