@@ -36,8 +36,8 @@ from mmengine.config import Config
 from mmdgt.commands import run_command
 from mmdgt.openmmlab.apis.inference import Predictor
 
-SHARE = 0.2  # of hostile requests
-PAUSE = 4.0  # seconds between the requests of a visitor, on average
+SHARE = 0.3  # of hostile requests
+PAUSE = 10.0  # seconds between the requests of a visitor, on average
 PATIENCE = 180.0  # seconds until a request is given up
 LATER = 'Queue is full|Too many visitors|requests in a minute|come back later'
 SIZES = (
@@ -291,7 +291,7 @@ def main() -> None:
     )
     parser.add_argument('config')
     parser.add_argument(
-        '--visitors', type=int, nargs='+', default=[5, 50], help='of each crowd'
+        '--visitors', type=int, nargs='+', default=[50], help='of each crowd'
     )
     parser.add_argument('--seconds', type=float, default=120)
     parser.add_argument('--port', type=int, default=7861)
