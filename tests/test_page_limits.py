@@ -55,6 +55,7 @@ def ask(limits, tmp_path):
 
         passed.clear()
         asyncio.run(bound(scope, receive, send))
+        call.unread = len(messages)
         return sent[0]['status'] if sent else None, list(passed)
 
     call.limits = bound
@@ -70,6 +71,12 @@ def test_bodies_are_bounded(limits, ask):
     assert ask(UPLOAD, header=most) == (200, [0])
     assert ask(UPLOAD, header=most + 1) == (413, [])
     assert ask(UPLOAD, header='-1') == (413, [])
+    # It is heard out, up to a bound, for its sender to hear the answer.
+    part = bytes(limits.MAX_BYTES)
+    assert ask(UPLOAD, [part] * 3, header=3 * len(part)) == (413, [])
+    assert ask.unread == 0
+    assert ask(UPLOAD, [part] * 9, header=9 * len(part)) == (413, [])
+    assert ask.unread == 4
     # Without a header, or with one that lies.
     half = bytes(most // 2)
     assert ask(UPLOAD, [half, half]) == (200, [2 * len(half)])

@@ -59,6 +59,10 @@ class Limits:
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
         if refusal := self.refuse(scope):
+            if refusal.status == 413:  # or they'd see a broken connection, no answer
+                receive = bounded(receive, 4 * MAX_BYTES)
+                while (await receive()).get('more_body'):
+                    pass
             return await answer(send, refusal)
         if scope['method'] == 'POST':
             receive = bounded(receive, POSTS[scope['path'].rstrip('/')])
