@@ -34,6 +34,7 @@ from ..checkpoints import (
     secure_framework,
 )
 from ..engine.resume import RESUMABLE, resumable, steady
+from ..picture_files import check_pictures
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -79,7 +80,7 @@ class StrictRunner(Runner):
         return steady(Runner.build_dataloader(*args, **kwargs))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop so that it can go on anywhere."""
+        """Build the loop so that it can go on anywhere, and look at its pictures."""
         loop = dict(loop)
         if 'by_epoch' in loop:
             by_epoch = loop.pop('by_epoch')
@@ -87,7 +88,10 @@ class StrictRunner(Runner):
         if loop['type'] in RESUMABLE:
             loop['type'] = RESUMABLE[loop['type']]
             self._train_dataloader = resumable(self._train_dataloader)
-        return super().build_train_loop(loop)
+        loop = super().build_train_loop(loop)
+        if is_main_process():
+            check_pictures(loop.dataloader.dataset)
+        return loop
 
     def load_or_resume(self) -> None:
         """Load what the config says, or go on from the newest complete checkpoint."""
