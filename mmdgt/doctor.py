@@ -12,6 +12,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -158,10 +159,15 @@ def without_mmcv_operators(
     lost = [name for name in frameworks if FRAMEWORKS[name].needs_operators]
     mmcv = carriers[0] if carriers else f'{CONTINUATION}mmcv'
     version = version_of(mmcv)
+    uninstall = ''
+    if mmcv.endswith('-lite'):  # which never has any
+        uninstall = f'pip uninstall -y {mmcv} && '
+        mmcv = mmcv.removesuffix('-lite')
     return Finding(
         f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}'
         f'; {" and ".join(lost) + " needs" if lost else "only detection needs"} it',
-        'run: pip install ninja psutil packaging wheel "setuptools<81" && pip install'
+        f'run: {uninstall}pip install ninja psutil packaging wheel "setuptools<81" &&'
+        ' pip install'
         ' --no-build-isolation --no-deps --force-reinstall --no-cache-dir'
         f' {mmcv}{f"=={version}" if version else ""}',
         fails=bool(lost) or not missing,
@@ -182,6 +188,8 @@ def check_extension() -> Iterator[Finding]:
         yield from check_toolkit()
     elif gpu and not problem:
         problem = kernel_error()
+    if problem:
+        yield from check_compiler()
     if problem and FAILURE.is_file():
         lines = FAILURE.read_text().splitlines()[-FAILURE_LINES:]
         problem = '\n    '.join([f'{problem}; its build failed:', *lines])
@@ -189,6 +197,17 @@ def check_extension() -> Iterator[Finding]:
         arch = '{}.{}'.format(*torch.cuda.get_device_capability()) if gpu else None
         environment = f' and TORCH_CUDA_ARCH_LIST={arch} in the environment'
         yield Finding(problem, extension.HOW_TO_BUILD + environment * gpu)
+
+
+def check_compiler() -> Iterator[Finding]:
+    """Whether there is the compiler that torch would build with."""
+    compiler = os.environ.get('CXX', 'c++')
+    if not shutil.which(compiler.split()[0]):
+        yield Finding(
+            f"there is no C++ compiler {compiler} to build mmdgt's kernels with",
+            'install one, such as the package g++ or build-essential, or name one in'
+            ' the variable CXX',
+        )
 
 
 def check_toolkit() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import mmcv
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

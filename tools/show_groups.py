@@ -12,6 +12,7 @@ from pathlib import Path
 import mmcv
 from mmengine.config import Config
 
+from mmdgt.commands import run_command
 from mmdgt.files import write_json
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -22,7 +22,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...files import PART, whole_file, write_text
-from ..checkpoints import not_finite, some
+from ...weights import not_finite, some
 from .resume import SIGNALS, random_state, set_random_state
 
 INTERIM = 'interim_{}.pth'  # by its iteration; only the newest is kept
