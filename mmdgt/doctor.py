@@ -20,10 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from .frameworks import CONTINUATION, FRAMEWORKS
+from .frameworks import CONTINUATION, FRAMEWORKS, OPENMMLAB
 from .version import __version__
 
-OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)
 # The release series that the tests run with, and the last ones of the originals.
 TESTED = {
     'torch': '2.11',
