@@ -24,7 +24,7 @@ of the day it names. Of the tests that are skipped most are those of a GPU and, 
 kernels, those of the kernels.
 
 """
-BUILD_TOOLS = ('setuptools>=80,<81', 'wheel', 'ninja', 'packaging', 'psutil')
+BUILD_TOOLS = ('pip', 'setuptools>=80,<81', 'wheel', 'ninja', 'packaging', 'psutil')
 TORCH_2_4 = ('torch==2.4.*', 'numpy==1.26.*')
 TORCH_2_8 = ('torch==2.8.*', 'numpy>=2')
 NEWEST = ('torch', 'numpy>=2')
@@ -141,7 +141,6 @@ def install_mmcv(session: nox.Session, mmcv: str, operators: bool) -> None:
     kind = 'operators' if operators else 'headers'
     wheels = Path('build/matrix', f'{mmcv}-{session.python}-{torch}-{kind}').resolve()
     if not wheels.exists():
-        session.install('pip')
         part = wheels.with_name(f'.part-{wheels.name}')
         session.run(
             *('python', '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps'),
