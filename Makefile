@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 CORE := .venv-core
+DOCS := .venv-docs
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install
 
 TORCH := torch==2.11.0 torchvision==0.26.0
 BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
+RUFF := ruff==0.17.5
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
 OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 timm==1.0.31 \
   onnx onnxruntime onnxscript gradio selenium nbclient ipykernel \
-  ruff==0.17.5 clang-format==23.1.5
+  $(RUFF) clang-format==23.1.5 mypy==2.4.1
 
 DATA := data/demo
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
@@ -32,7 +34,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 .PHONY: train train-classification train-detection test test-core matrix dist lint \
-  gpu-check sanitize aarch64 emulate emulate-build emulate-ordered emulate-shuffled clean
+  docs gpu-check sanitize aarch64 emulate emulate-build emulate-ordered \
+  emulate-shuffled clean
 
 train: report-upernet_dgt_t_demo
 
@@ -95,6 +98,11 @@ lint: $(VENV)/others
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
+	$(RUN) -m mypy
+
+# The pages and the docstrings as a site in site/; a broken link fails.
+docs: $(DOCS)/mkdocs
+	$(DOCS)/bin/mkdocs build --strict
 
 # Times of the CUDA kernels on this machine's GPU beside those of the revision BASE, their
 # tests there, sanitizers, whole networks. REHEARSE=1: the same, emulated, without a GPU.
@@ -166,6 +174,11 @@ $(CORE)/pytest:
 	$(CORE)/bin/pip install $(firstword $(TORCH)) numpy pytest wheel "setuptools>=80,<82"
 	@touch $@
 
+$(DOCS)/mkdocs:
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install mkdocs==1.6.1 mkdocstrings-python==2.0.11 $(RUFF)
+	@touch $@
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) $(BUILD_TOOLS) pytest
@@ -196,4 +209,4 @@ $(VENV)/others: $(VENV)/mmdgt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CORE) build *.egg-info mmdgt/*.so
+	rm -rf $(VENV) $(CORE) $(DOCS) site build *.egg-info mmdgt/*.so

@@ -195,8 +195,8 @@ def check_toolkit() -> Iterator[Finding]:
     import torch
     from torch.utils import cpp_extension
 
-    nvcc = cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, 'bin', 'nvcc')
-    if not nvcc or not nvcc.is_file():
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (nvcc := Path(home, 'bin', 'nvcc')).is_file():
         yield Finding(
             "there is no nvcc to build mmdgt's CUDA kernels with",
             f'install the CUDA toolkit {torch.version.cuda or ""} and export CUDA_HOME,'
@@ -207,7 +207,7 @@ def check_toolkit() -> Iterator[Finding]:
     plan = subprocess.run(command, capture_output=True, text=True).stderr
     top = re.search(r'^#\$ TOP=(.*)$', plan, re.MULTILINE)
     toolkit = Path(top[1]).resolve() if top else None
-    if toolkit and toolkit != Path(cpp_extension.CUDA_HOME).resolve():
+    if toolkit and toolkit != Path(home).resolve():
         yield Finding(
             f'{nvcc} only calls the nvcc of {toolkit}, so torch looks for the CUDA'
             ' toolkit in the wrong folder',

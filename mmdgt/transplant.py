@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
         if file.endswith('.safetensors'):
             from safetensors.torch import load_file
 
-            weights = load_file(file)
+            weights: Any = load_file(file)
         else:
             weights = torch.load(file, 'cpu', weights_only=True)
     except (OSError, ImportError):

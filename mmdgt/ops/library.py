@@ -5,6 +5,8 @@ is registered for every device, and importing ``mmdgt._ext`` puts its own
 kernels for the CPU and the GPU before it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -162,7 +164,7 @@ def _few_backward_flops(_grad_out, query_shape, *_, **__) -> int:
     return 4 * B * H * L * L * D // 2 * 5
 
 
-FLOP_FORMULAS = {
+FLOP_FORMULAS: dict[str, Callable] = {
     'assign_queries': _choosing_flops,
     'select_keys': _choosing_flops,
     'group_attention': _attending_flops,
@@ -176,7 +178,7 @@ _KERNELS = {
     'group_attention': _group_attention,
     'group_attention_backward': _group_attention_backward,
 }
-_FAKES = {
+_FAKES: dict[str, Callable] = {
     'assign_queries': _fake_assign_queries,
     'select_keys': _fake_select_keys,
     'group_attention': _fake_group_attention,

@@ -10,10 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.structures import BaseDataElement
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...frameworks import FRAMEWORKS
 from ...visualization import viewable
@@ -115,7 +116,7 @@ class Predictor:
         )
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray):
+    def predict(self, image: np.ndarray) -> BaseDataElement:
         """Predict for an image (H, W, 3), BGR; returns the framework's data sample."""
         return self.model.test_step(pseudo_collate([self.prepare(image)]))[0]
 
@@ -143,7 +144,7 @@ class Predictor:
 
 def build_model(
     cfg: Config, checkpoint: str | None, allow_partial: bool = False
-) -> nn.Module:
+) -> BaseModel:
     """Build the model of a config for one process, in evaluation mode.
 
     Args:
