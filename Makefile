@@ -80,12 +80,12 @@ test-core: $(CORE)/pytest
 	  --force-reinstall .
 	PYTHONSAFEPATH=1 $(CORE)/bin/python -m pytest
 
-# The tests in all environments of noxfile.py, or CELLS="torch-2.4 onedl-2.8". What could
-# be run goes into docs/matrix.md. Wants the interpreters on the path; of pyenv's:
-# PYENV_VERSION=3.11:3.10:3.12:3.13 make matrix
+# The tests in all environments of noxfile.py, or CELLS="torch-2.4 onedl-2.8", into
+# docs/matrix.md. The interpreters are those on the path, and all of pyenv's.
 CELLS ?=
 matrix: $(VENV)/release
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nox $(addprefix -s ,$(CELLS))
+	PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nox $(addprefix -s ,$(CELLS))
 
 # What would be uploaded, in dist/: the sources and a wheel of plain Python, checked.
 dist: $(VENV)/release

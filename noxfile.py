@@ -61,6 +61,7 @@ ORIGINALS = (
     'mmdet==3.3.0',
     'mmsegmentation==1.2.2',
     'mmpretrain==1.2.0',
+    *('ftfy', 'regex'),  # which mmsegmentation imports and does not ask for
 )
 CELLS = {
     'torch-2.4': Cell('3.10', TORCH_2_4),

@@ -16,8 +16,7 @@ def config_path(name: str) -> str:
         _base_ = __import__('mmdgt').config_path('upernet_dgt_t_ade20k')
 
     Args:
-        name (str): As in the model zoo, with or without ``.py``; what these share lies
-            in ``_base_``, for instance ``'_base_/models/upernet_dgt'``.
+        name (str): As in the model zoo, with or without ``.py``.
 
     Returns:
         str: The path of its file.
