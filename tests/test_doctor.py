@@ -106,6 +106,14 @@ def test_other_versions_are_a_note(site, other_than_these):
     assert not finding.fails
 
 
+@pytest.mark.parametrize(
+    'version, noted', [('2.3.1', 1), ('2.4.0', 0), ('2.8.0+cpu', 0), ('3.0.0', 1)]
+)
+def test_every_torch_of_the_matrix_will_do(site, version, noted):
+    site(torch=version)
+    assert len(list(doctor.check_versions({}))) == noted
+
+
 def test_mmcv_without_operators(monkeypatch, ill):
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     ((cause, fix),) = ill()
@@ -204,7 +212,7 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
         ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
-        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', 'versions that fit'),
+        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
         ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],

@@ -68,7 +68,7 @@ def check_picture(file: str | Path, decode: bool = False) -> None:
                 )
             if decode:
                 picture.load()
-            elif ENDS.get(picture.format, b'') not in _last_bytes(file):
+            elif ENDS.get(picture.format or '', b'') not in _last_bytes(file):
                 raise ValueError(f'{file} is damaged: it is cut off. Copy it again')
     except FileNotFoundError as error:
         raise FileNotFoundError(

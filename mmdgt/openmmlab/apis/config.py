@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.logging import print_log
 
+from ...configs import find_config
 from ...weights import some
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -19,7 +20,9 @@ LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that all tools share, named as OpenMMLab names them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
     parser.add_argument(
         '--work-dir', help='folder for logs and results; work_dirs/CONFIG by default'
     )

@@ -9,9 +9,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-from torch import Tensor, nn
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 from ...frameworks import FRAMEWORKS
 from ...visualization import viewable
@@ -90,11 +91,11 @@ class Predictor:
         )
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray):
+    def predict(self, image: np.ndarray) -> BaseDataElement:
         """Predict for an image (H, W, 3), BGR; returns the framework's data sample."""
         return self.model.test_step(pseudo_collate([self.prepare(image)]))[0]
 
-    def find(self, image: np.ndarray):
+    def find(self, image: np.ndarray) -> BaseDataElement:
         """:meth:`predict`, without the scores of a segmentor where they take much."""
         if self.framework.name == 'mmseg':
             from .segmentation import scores_classes_apart, segment
@@ -127,7 +128,7 @@ class Predictor:
 
 def build_model(
     cfg: Config, checkpoint: str | None, allow_partial: bool = False
-) -> nn.Module:
+) -> BaseModel:
     """Build the model of a config for one process, in evaluation mode.
 
     Args:

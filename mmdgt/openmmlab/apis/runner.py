@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ class StrictRunner(Runner):
     ``allow_partial`` of the config allow the one and the other.
     """
 
+    _train_dataloader: Any  # mmengine's
+    _load_from: str | None
+    _resume: bool
+
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader that neither signals nor other loaders disturb."""
@@ -98,20 +103,20 @@ class StrictRunner(Runner):
         if loop['type'] in RESUMABLE:
             loop['type'] = RESUMABLE[loop['type']]
             self._train_dataloader = resumable(self._train_dataloader)
-        loop = super().build_train_loop(loop)
+        built = super().build_train_loop(loop)
         if is_main_process():
-            check_pictures(loop.dataloader.dataset)
-        return loop
+            check_pictures(built.dataloader.dataset)
+        return built
 
     def load_or_resume(self) -> None:
         """Load what the config says, or go on from the newest complete checkpoint."""
         if self._resume and self._load_from is None:
             trust = self.cfg.get('trust', False)
-            found = [None]
+            found: list[Path | None] = [None]
             if is_main_process():
                 found = [newest_checkpoint(self.work_dir, trust)]
             broadcast_object_list(found)
-            self._load_from = found[0] and str(found[0])
+            self._load_from = str(found[0]) if found[0] else None
             self._resume = self._load_from is not None
             self.logger.info(
                 f'Going on from {self._load_from}.'

@@ -53,11 +53,14 @@ class AtomicCheckpointHook(CheckpointHook):
             this machine.
     """
 
+    file_backend: Any  # mmengine's
+    keep_ckpt_ids: deque[int]
+
     def __init__(self, *args: Any, minutes: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.minutes = minutes
         self.due = False
-        self.received = None  # the signal, and when
+        self.received: tuple[int, float] | None = None  # the signal, and when
 
     def before_train(self, runner: Runner) -> None:
         """Go on from the stored state, if there is one, and listen for signals."""
@@ -261,7 +264,8 @@ class _RemovesLater:
     """A file back end that remembers what it was told to remove."""
 
     def __init__(self, backend: Any) -> None:
-        self.backend, self.later = backend, []
+        self.backend = backend
+        self.later: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)

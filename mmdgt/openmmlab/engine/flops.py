@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import get_shape
-from torch import nn
+from mmengine.model import BaseModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...ops.library import FLOP_FORMULAS, NAMESPACE
@@ -37,14 +37,14 @@ def _count_dense_attention(inputs: list, outputs: list) -> int:
     return 2 * B * H * L * get_shape(inputs[1])[2] * D
 
 
-def count_flops(model: nn.Module, height: int, width: int) -> dict[str, float]:
+def count_flops(model: BaseModel, height: int, width: int) -> dict[str, float]:
     """Count the multiply-adds of a segmentor or a Mask R-CNN for one image.
 
     The detector is counted as published figures are: 1000 proposals get a box,
     the 100 best of them a mask.
 
     Args:
-        model (nn.Module): In evaluation mode, on the device "meta": the count
+        model (BaseModel): In evaluation mode, on the device "meta": the count
             follows from shapes, and nothing is computed.
         height, width (int): Of the image, in pixels.
 
