@@ -101,3 +101,4 @@ FRAMEWORKS = {
         ),
     )
 }
+OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)  # the packages, what needs others last

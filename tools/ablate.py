@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmdgt  # noqa: F401
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file, write_json, write_text
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner
@@ -219,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

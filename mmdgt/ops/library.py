@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import reference
 
@@ -193,7 +193,10 @@ for _name, _schema in _SCHEMAS.items():
     if _name in _KERNELS:
         _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{_name}', _FAKES[_name], lib=_library)
-    register_flop_formula(getattr(ops, _name))(FLOP_FORMULAS[_name])
+    _packet = getattr(ops, _name)
+    _formula = register_flop_formula(_packet)(FLOP_FORMULAS[_name])
+    # torch 2.4 registers it for the packet's overloads and looks for the packet.
+    flop_registry.setdefault(_packet, _formula)
 torch.library.register_autograd(
     f'{NAMESPACE}::group_attention',
     _backward,

@@ -26,15 +26,16 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ...weights import weights_of
 from ..checkpoints import (
     check_resumable,
     load_weights,
     newest_checkpoint,
     read_checkpoint,
     secure_framework,
-    weights_of,
 )
 from ..engine.resume import RESUMABLE, resumable, steady
+from ..picture_files import check_pictures
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -43,8 +44,18 @@ def build_runner(cfg: Config) -> Runner:
     Args:
         cfg (Config): Its ``launcher`` says how the processes were started. Those of
             torchrun need no GPU: without one they run on the CPU.
+
+    Raises:
+        ValueError: If it shards the model over the processes.
     """
     secure_framework()
+    wrapper = (cfg.get('model_wrapper_cfg') or {}).get('type', '')
+    if 'FullyShardedDataParallel' in str(wrapper):
+        raise ValueError(
+            'model_wrapper_cfg must not be FSDP: the checkpoints of this Runner would'
+            " hold the share of one process. Leave it out for DDP, or take mmengine's"
+            ' FlexibleRunner with FSDPStrategy'
+        )
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
     return (CPURunner if on_cpu else StrictRunner).from_cfg(cfg)
 
@@ -84,7 +95,7 @@ class StrictRunner(Runner):
         return steady(Runner.build_dataloader(*args, **kwargs))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop so that it can go on anywhere."""
+        """Build the loop so that it can go on anywhere, and look at its pictures."""
         loop = dict(loop)
         if 'by_epoch' in loop:
             by_epoch = loop.pop('by_epoch')
@@ -92,7 +103,10 @@ class StrictRunner(Runner):
         if loop['type'] in RESUMABLE:
             loop['type'] = RESUMABLE[loop['type']]
             self._train_dataloader = resumable(self._train_dataloader)
-        return super().build_train_loop(loop)
+        built = super().build_train_loop(loop)
+        if is_main_process():
+            check_pictures(built.dataloader.dataset)
+        return built
 
     def load_or_resume(self) -> None:
         """Load what the config says, or go on from the newest complete checkpoint."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...models import update_centroids
 from ...visualization import draw_groups, find_groups, find_layer, viewable
-from ..checkpoints import not_finite, some
+from ...weights import not_finite, some
 
 
 @HOOKS.register_module()
