@@ -94,9 +94,9 @@ BUGS = (
     ),
     Bug(
         'a wrong layout of mma',
-        'masked_attention.cu',
-        'const int column = row + 2 * (lane % 4) + odd;',
-        'const int column = row + lane % 4 + 4 * odd;',
+        'masked_attention_backward.cu',
+        'const int column = from + row + 8 * n + 2 * (lane % 4);',
+        'const int column = from + row + 8 * n + 2 * (lane / 8);',
         'test_attention and 196-32-48-98-random and dtype2',
         LATE,
     ),
