@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 NEED_OPENMMLAB = [
     f'test_{room}.py'
     for room in (
-        'ablate',
+        'train_variants',
         'bad_data',
         'checkpoints',
         'compare_backbones',

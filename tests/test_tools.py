@@ -355,7 +355,7 @@ def test_benchmark_of_what_is_unknown(run_tool, tool, option, first):
 @pytest.mark.parametrize(
     ('tool', 'arguments'),
     (
-        ('ablate.py', (REPOSITORY / 'configs/dgt_ablation_demo.py',)),
+        ('train_variants.py', (REPOSITORY / 'configs/comparisons/camvid.py',)),
         ('compare_backbones.py', ('--only', 'Swin-T')),
         ('make_golden.py', ()),
     ),

@@ -1,0 +1,185 @@
+"""The command that trains variants, on tiny networks and a few pictures."""
+
+import json
+import statistics
+
+import pytest
+from conftest import REPOSITORY, TINY_ARCH, TINY_HEADS
+
+pytest.importorskip('mmpretrain')
+
+ABLATION = """
+_base_ = '{repository}/configs/dgt_ablation_demo.py'
+model = dict(
+    backbone=dict(arch={arch}),
+    {head}
+)
+train_dataloader = dict(batch_size=4, dataset=dict(pipeline={pipeline}))
+val_dataloader = dict(dataset=dict(pipeline={pipeline}))
+"""
+PIPELINE = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=32),
+    dict(type='PackInputs'),
+]
+# Two small backbones on the demo's scenes, a folder in ADE20K's layout.
+BACKBONES = """
+_base_ = '{repository}/configs/comparisons/segmentation.py'
+data_root = '{data}/ade20k'
+classes = ('background', 'disk', 'ring', 'triangle', 'square', 'star', 'cross')
+data = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    metainfo=dict(classes=classes),
+    reduce_zero_label=True,
+)
+train_dataloader = dict(dataset=data)
+val_dataloader = dict(dataset=data)
+head = dict(num_classes=len(classes), channels=16)
+model = dict(
+    backbone=dict(arch={arch}),
+    decode_head=head,
+    auxiliary_head=head,
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=1),
+    dict(type='PolyLR', by_epoch=False, begin=1, end=4),
+]
+learning_rates = dict(tried=(1e-6, 1e-3))
+variants = dict(
+    timm=dict(
+        title='of timm',
+        settings=dict(
+            model=dict(
+                backbone=dict(
+                    _delete_=True,
+                    type='mmpretrain.TIMMBackbone',
+                    model_name='resnet10t',
+                    features_only=True,
+                    out_indices=(1, 2, 3, 4),
+                )
+            )
+        ),
+    ),
+)
+"""
+
+
+@pytest.fixture
+def train_variants(tmp_path, call_tool):
+    def run(text, *arguments):
+        config = tmp_path / 'tiny.py'
+        config.write_text(text)
+        call_tool(
+            'train_variants',
+            *(config, *arguments),
+            *('--work-dir', tmp_path / 'runs', '--out', tmp_path / 'out'),
+        )
+        return json.loads((tmp_path / 'out/tiny.json').read_text())['results']
+
+    return run
+
+
+@pytest.fixture
+def ablate(demo_data, train_variants):
+    text = ABLATION.format(
+        repository=REPOSITORY,
+        arch=TINY_ARCH,
+        head=TINY_HEADS['dgt_t_demo'],
+        pipeline=PIPELINE,
+    )
+
+    def run(*variants, seeds=(0, 1)):
+        return train_variants(
+            text,
+            *('--variants', *variants, '--seeds', *seeds, '--iterations', 2),
+            *('--cfg-options', f'data_root={demo_data}/imagenet'),
+        )
+
+    return run
+
+
+def states(text):
+    return [line.rsplit(', ', 1)[1] for line in text.splitlines() if ' s, ' in line]
+
+
+def test_ablation(ablate, tmp_path, capsys):
+    variants = 'mirrored', 'shifted_window'
+    rows = ablate(*variants)
+    assert [row['variant'] for row in rows] == list(variants)
+    # Of the paper's tables 1 and 4(c).
+    assert rows[0]['reference'] == dict(
+        params=24.09, flops=pytest.approx(4.35, rel=0.015), published=None
+    )
+    assert rows[1]['reference']['published'] == 82.8
+    markdown = (tmp_path / 'out/tiny.md').read_text()
+    for row in rows:
+        scores = [run['score'] for run in row['runs']]
+        assert [run['seed'] for run in row['runs']] == [0, 1]
+        assert row['mean'] == pytest.approx(statistics.mean(scores), abs=0.01)
+        spread = abs(scores[0] - scores[1]) / 2**0.5
+        assert row['spread'] == pytest.approx(spread, abs=0.01)
+        cells = f'{row["mean"]} | {row["spread"]} | {scores[0]}, {scores[1]} |'
+        assert cells in markdown
+        for run in row['runs']:
+            assert run['cpu_seconds'] > 0 and run['peak_bytes'] > 0
+            assert {'commit', 'clean', 'versions'} <= run['machine'].keys()
+    assert (tmp_path / 'out/tiny.png').read_bytes().startswith(b'\x89PNG')
+    # What differs has reached the runs.
+    dumped = {v: (tmp_path / f'runs/{v}/seed_1/tiny.py').read_text() for v in variants}
+    for variant, said in (
+        ('mirrored', 'mirrored=True'),
+        ('shifted_window', 'window_size=4'),
+    ):
+        assert [v for v in variants if said in dumped[v]] == [variant]
+    assert all('seed=1' in text and 'max_iters=2' in text for text in dumped.values())
+
+    # A second call trains nothing but what another config or package gave.
+    for seed, what in enumerate(('config', 'package')):
+        file = tmp_path / f'runs/mirrored/seed_{seed}/result.json'
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {what: 'other'}))
+    capsys.readouterr()
+    (row,) = ablate('mirrored')
+    assert row['mean'] == rows[0]['mean']
+    assert states(capsys.readouterr().out) == ['trained', 'trained']
+    ablate('mirrored')
+    assert states(capsys.readouterr().out) == 2 * ['was there already']
+
+
+def test_backbones_at_the_better_learning_rate(
+    demo_data, train_variants, tmp_path, capsys
+):
+    text = BACKBONES.format(repository=REPOSITORY, data=demo_data, arch=TINY_ARCH)
+    variants = 'dgt_t', 'timm'
+    rows = train_variants(
+        text, *('--variants', *variants, '--seeds', 0, '--iterations', 4)
+    )
+    assert states(capsys.readouterr().out) == 6 * ['trained']
+    for row in rows:
+        trials = {run['learning_rate']: run for run in row['trials']}
+        assert trials.keys() == {1e-6, 1e-3}
+        assert {run['iterations'] for run in row['trials']} == {2}
+        best = max(trials.values(), key=lambda run: run['score'])
+        assert row['learning_rate'] == row['runs'][0]['learning_rate']
+        assert trials[row['learning_rate']]['score'] == best['score']
+        assert row['runs'][0]['seed'] not in {run['seed'] for run in row['trials']}
+    # timm's ResNet-10-T and heads of 16 channels are larger than the tiny DGT.
+    assert rows[1]['here']['params'] > 5 > rows[0]['here']['params']
+    assert (
+        'that scored better in\n2 iterations' in (tmp_path / 'out/tiny.md').read_text()
+    )
+
+
+def test_unknown_variant(ablate, capsys):
+    with pytest.raises(SystemExit):
+        ablate('default', 'windows')
+    error = capsys.readouterr().err
+    assert "expected some of ['default', 'half_groups'," in error
+    assert "got ['windows']" in error
+
+
+def test_no_variants(train_variants, capsys):
+    with pytest.raises(SystemExit):
+        train_variants(f'_base_ = {str(REPOSITORY / "configs/dgt_t_demo.py")!r}')
+    assert 'has no variants' in capsys.readouterr().err
