@@ -27,6 +27,7 @@ NEED_OPENMMLAB = [
         'demo_data',
         'demo_page',
         'detection',
+        'distillation',
         'distributed',
         'doctor',
         'export',
@@ -39,6 +40,7 @@ NEED_OPENMMLAB = [
         'precision',
         'pretrained',
         'resume',
+        'sweep_keys',
         'tools',
     )
 ]

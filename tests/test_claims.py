@@ -18,14 +18,14 @@ def load(path):
     return json.loads(path.read_text())
 
 
-def table(first_cells):
-    """The rows of the table of the README whose header begins like this."""
-    lines = iter(README.splitlines())
+def table(first_cells, page=README):
+    """The rows of the table of a page whose header begins like this."""
+    lines = iter(page.splitlines())
     for line in lines:
         if line.startswith(first_cells):
             break
     else:
-        pytest.fail(f'README has no table {first_cells!r}')
+        pytest.fail(f'no table {first_cells!r}')
     next(lines)  # below the header
     rows = []
     for line in lines:
@@ -243,8 +243,31 @@ def test_the_demo():
     claim(f'at several scales {box} and {mask}')
 
 
+def test_the_page_of_the_demo():
+    page = (REPOSITORY / 'docs/demo.md').read_text()
+    rows = table('| | single scale | several scales |', page)
+    assert len(rows) == 4
+    for what, single, several, file in rows:
+        scores, metric = load(MEASUREMENTS / file.strip('`')), what.split(', ')[1]
+        assert float(single) == scores[f'{metric}, single-scale']
+        assert float(several) == scores[f'{metric}, multi-scale']
+    live = load(MEASUREMENTS / 'demo.json')['live groups of the worst block, %']
+    assert f'in the worst block {live} % of the groups' in page
+
+
 def test_the_groups_of_a_scene():
     scene = load(MEASUREMENTS / 'groups_of_a_scene.json')
     sizes = scene['group_sizes']
     assert sizes.count(0) == scene['empty_groups'] and sum(sizes) == scene['tokens']
     claim(f'{scene["empty_groups"]} of the {scene["groups"]} groups are empty')
+
+
+def test_the_ablations():
+    results = load(REPOSITORY / 'docs/ablations/ablations.json')['results']
+    means = [row['mean'] for row in results]
+    spreads = [row['spread'] for row in results]
+    page = ' '.join((REPOSITORY / 'docs/ablations.md').read_text().split())
+    assert (
+        f'the means lie within {max(means) - min(means):.1f} points, the spreads over'
+        f' three seeds between {min(spreads):.1f} and {max(spreads):.1f}.'
+    ) in page
