@@ -35,4 +35,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ignore_index=unlabelled)
 test_evaluator = val_evaluator
 head = dict(num_classes=len(classes), ignore_index=unlabelled)
-model = dict(decode_head=head, auxiliary_head=head)
+model = dict(
+    data_preprocessor=dict(seg_pad_val=unlabelled),
+    decode_head=head,
+    auxiliary_head=head,
+)
