@@ -1,7 +1,9 @@
 """The command that trains variants, on tiny networks and a few pictures."""
 
 import json
+import re
 import statistics
+from argparse import Namespace
 
 import pytest
 from conftest import REPOSITORY, TINY_ARCH, TINY_HEADS
@@ -169,6 +171,59 @@ def test_backbones_at_the_better_learning_rate(
     assert (
         'that scored better in\n2 iterations' in (tmp_path / 'out/tiny.md').read_text()
     )
+
+
+CLASSIFIERS = """
+_base_ = '{repository}/configs/comparisons/classification.py'
+data_root = '{data}/imagenet'
+classes = {classes}
+data_preprocessor = dict(num_classes=len(classes))
+data = dict(data_root=data_root, metainfo=dict(classes=classes))
+train_dataloader = dict(batch_size=2, dataset=data)
+val_dataloader = dict(dataset=data)
+model = dict(
+    backbone=dict(arch={arch}),
+    head=dict(num_classes=len(classes), in_channels=64, mid_channels=[8]),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=1),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=1, end=4),
+]
+"""
+
+
+def test_classifiers_on_a_folder_of_pictures(demo_data, train_variants, tmp_path):
+    classes = sorted(path.name for path in (demo_data / 'imagenet/train').iterdir())
+    text = CLASSIFIERS.format(
+        repository=REPOSITORY, data=demo_data, classes=classes, arch=TINY_ARCH
+    )
+    (row,) = train_variants(
+        text, *('--variants', 'dgt_t', '--seeds', 0, '--iterations', 4)
+    )
+    assert [run['iterations'] for run in (*row['trials'], *row['runs'])] == [2, 2, 4]
+    assert 'top-1 (%)' in (tmp_path / 'out/tiny.md').read_text()
+
+
+def test_the_example_of_the_page(tmp_path, tools):
+    """A backbone that the page adds gets heads of its own channels."""
+    page = (REPOSITORY / 'docs/real_pictures.md').read_text()
+    (example,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    config = tmp_path / 'my_comparison.py'
+    config.write_text(example.replace("'configs/", f"'{REPOSITORY}/configs/"))
+    args = Namespace(
+        config=config,
+        cfg_options={},
+        work_dir=None,
+        iterations=None,
+        launcher='none',
+        local_rank=0,
+        allow_partial=False,
+    )
+    cfg = tools('train_variants').configure(args, 'pvt', seed=3)
+    assert cfg.model.decode_head.in_channels == [64, 128, 320, 512]  # of PVT's paper
+    assert cfg.model.auxiliary_head.in_channels == 320
+    assert cfg.model.auxiliary_head.num_classes == 3
+    assert cfg.randomness.seed == 3
 
 
 def test_unknown_variant(ablate, capsys):

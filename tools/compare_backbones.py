@@ -288,13 +288,13 @@ def fit_heads(cfg: Config) -> None:
     with torch.no_grad():
         features = probe(torch.empty(1, 3, 224, 224, device='meta'))
     channels = [feature.shape[1] for feature in features]
-    if 'decode_head' in cfg.model:
-        cfg.model.decode_head.in_channels = channels
-        cfg.model.auxiliary_head.in_channels = channels[2]
-    elif 'in_channels' in cfg.model.neck:
-        cfg.model.neck.in_channels = channels
-    else:
-        cfg.model.head.in_channels = channels[-1]
+    model = cfg.model
+    parts = ('neck', 'panoptic_head', 'decode_head', 'head')
+    first = next(model[p] for p in parts if 'in_channels' in model.get(p, {}))
+    last_alone = isinstance(first.in_channels, int)
+    first.in_channels = channels[-1] if last_alone else channels
+    if 'auxiliary_head' in model:
+        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
 
 
 def needs_timm(backbone: dict) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import get_shape
+from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,10 +39,11 @@ def _count_dense_attention(inputs: list, outputs: list) -> int:
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> dict[str, float]:
-    """Count the multiply-adds of a segmentor or a Mask R-CNN for one image.
+    """Count the multiply-adds of a segmentor or a detector for one image.
 
-    The detector is counted as published figures are: 1000 proposals get a box,
-    the 100 best of them a mask.
+    Models with proposals are counted as published figures are: 1000 proposals get a
+    box, by every head of a cascade, the 100 best of them a mask. Of Mask2Former's
+    deformable attention the products with weights count, the sampling does not.
 
     Args:
         model (nn.Module): In evaluation mode, on the device "meta": the count
@@ -53,10 +55,19 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, float]:
     """
     image = torch.empty(1, 3, height, width, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head = getattr(model, 'panoptic_head', getattr(model, 'decode_head', None))
         if hasattr(model, 'roi_head'):
             model.rpn_head(model.extract_feat(image))
-            model.roi_head.bbox_head(torch.empty(1000, 256, 7, 7, device='meta'))
-            model.roi_head.mask_head(torch.empty(100, 256, 14, 14, device='meta'))
+            for heads, shape in (
+                (model.roi_head.bbox_head, (1000, 256, 7, 7)),
+                (model.roi_head.mask_head, (100, 256, 14, 14)),
+            ):
+                cascade = heads if isinstance(heads, nn.ModuleList) else [heads]
+                for one in cascade:
+                    one(torch.empty(shape, device='meta'))
+        elif hasattr(head, 'pixel_decoder'):  # Mask2Former's asks for samples
+            sample = BaseDataElement(metainfo=dict(img_shape=(height, width)))
+            head(model.extract_feat(image), [sample])
         else:
             model(image, mode='tensor')
     counted = counter.get_flop_counts()['Global']
