@@ -59,6 +59,7 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations)
+val_cfg = None  # nothing to evaluate
 auto_scale_lr = dict(enable=False, base_batch_size=64)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
