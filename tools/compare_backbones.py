@@ -293,7 +293,7 @@ def fit_heads(cfg: Config) -> None:
     first = next(model[p] for p in parts if 'in_channels' in model.get(p, {}))
     last_alone = isinstance(first.in_channels, int)
     first.in_channels = channels[-1] if last_alone else channels
-    if 'auxiliary_head' in model:
+    if model.get('auxiliary_head'):
         model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
 
 
