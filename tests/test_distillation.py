@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_ARCH
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdgt.openmmlab import FeatureDistiller
@@ -34,6 +34,11 @@ class Rows(nn.Module):
 
     def forward(self, images):
         return (self.map.expand(len(images), -1, -1, -1),)
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope('mmpretrain')
 
 
 def distiller(**settings):

@@ -20,6 +20,7 @@ variants = dict(
 model = dict(
     backbone=dict(
         arch=dict(
+            _delete_=True,
             dims=(32, 64, 128, 256),
             depths=(1, 2, 6, 2),
             num_heads=(2, 4, 8, 16),

@@ -4,7 +4,11 @@ _base_ = 'dgt_t.py'
 data_root = 'data/demo/ade20k/images/training'
 teacher_checkpoint = 'work_dirs/demo_teacher/iter_650.pth'
 arch = dict(
-    dims=(32, 64, 128, 256), depths=(1, 2, 6, 2), num_heads=(2, 4, 8, 16), stem_dims=16
+    _delete_=True,
+    dims=(32, 64, 128, 256),
+    depths=(1, 2, 6, 2),
+    num_heads=(2, 4, 8, 16),
+    stem_dims=16,
 )
 model = dict(
     backbone=dict(arch=arch, num_groups=16, num_keys=32, drop_path_rate=0.0),
