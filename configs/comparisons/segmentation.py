@@ -3,7 +3,7 @@
 # own names classes and data; camvid.py is one.
 _base_ = '../upernet_dgt_t_ade20k.py'
 scale, crop_size = (160, 120), (96, 96)  # width and height at most; of a crop
-iterations = 100
+iterations = 60
 comparison = dict(
     heading='Backbones in UperNet',
     metric='mIoU',
@@ -11,7 +11,7 @@ comparison = dict(
     size=scale[::-1],  # of the FLOPs: height, width
 )
 # Share: of the iterations of a run that a trial takes.
-learning_rates = dict(tried=(3e-4, 1e-3), share=0.4)
+learning_rates = dict(tried=(3e-4, 1e-3), share=0.5)
 # By name: the title, and what differs from the settings below. in_channels of the
 # heads follow from the backbone. Any backbone of mmseg, mmpretrain, mmdet, or of timm
 # as mmpretrain.TIMMBackbone, with four maps.
