@@ -8,6 +8,7 @@ variants = dict(
             model=dict(
                 backbone=dict(
                     arch=dict(
+                        _delete_=True,
                         dims=(32, 64, 128, 256),
                         depths=(1, 2, 17, 2),
                         num_heads=(2, 4, 8, 16),
@@ -22,7 +23,10 @@ variants = dict(
             model=dict(
                 backbone=dict(
                     arch=dict(
-                        embed_dims=48, depths=[2, 2, 6, 2], num_heads=[2, 4, 8, 16]
+                        _delete_=True,
+                        embed_dims=48,
+                        depths=[2, 2, 6, 2],
+                        num_heads=[2, 4, 8, 16],
                     )
                 )
             )
@@ -32,7 +36,11 @@ variants = dict(
         settings=dict(
             model=dict(
                 backbone=dict(
-                    arch=dict(depths=[3, 3, 9, 3], channels=[48, 96, 192, 384])
+                    arch=dict(
+                        _delete_=True,
+                        depths=[3, 3, 9, 3],
+                        channels=[48, 96, 192, 384],
+                    )
                 )
             )
         )
