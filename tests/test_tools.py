@@ -355,7 +355,6 @@ def test_benchmark_of_what_is_unknown(run_tool, tool, option, first):
 @pytest.mark.parametrize(
     ('tool', 'arguments'),
     (
-        ('train_variants.py', (REPOSITORY / 'configs/comparisons/camvid.py',)),
         ('compare_backbones.py', ('--only', 'Swin-T')),
         ('make_golden.py', ()),
     ),
