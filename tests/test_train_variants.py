@@ -47,7 +47,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=1),
     dict(type='PolyLR', by_epoch=False, begin=1, end=4),
 ]
-learning_rates = dict(tried=(1e-6, 1e-3))
+learning_rates = dict(tried=(1e-6, 1e-3), share=0.5)
 variants = dict(
     timm=dict(
         title='of timm',
@@ -190,6 +190,7 @@ classes = {classes}
 data_preprocessor = dict(num_classes=len(classes))
 data = dict(data_root=data_root, metainfo=dict(classes=classes))
 train_dataloader = dict(batch_size=2, dataset=data)
+learning_rates = dict(share=0.5)
 val_dataloader = dict(dataset=data)
 model = dict(
     backbone=dict(arch={arch}),

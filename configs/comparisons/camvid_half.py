@@ -2,6 +2,7 @@
 _base_ = 'camvid.py'
 comparison = dict(heading='Backbones of half the width on CamVid')
 iterations = 80
+learning_rates = dict(share=0.5)
 variants = dict(
     dgt_t=dict(
         settings=dict(

@@ -1,9 +1,9 @@
 # Backbones as classifiers under one recipe, for tools/train_variants.py: small
-# pictures and short runs from random weights. A config of your own names data_root,
+# pictures, from random weights. A config of your own names data_root,
 # with train/CLASS and val/CLASS in it, and the classes.
 _base_ = ['../dgt_t_in1k.py', 'backbones.py']
 scale = 96
-iterations = 200
+iterations = 2000
 comparison = dict(
     heading='Backbones as classifiers',
     metric='accuracy/top1',
@@ -11,7 +11,7 @@ comparison = dict(
     size=(scale, scale),  # of the FLOPs: height, width
 )
 # Share: of the iterations of a run that a trial takes.
-learning_rates = dict(tried=(3e-4, 1e-3), share=0.4)
+learning_rates = dict(tried=(3e-4, 1e-3), share=0.25)
 model = dict(
     # Of 576 tokens in stage 1; the paper's K of 98 is of 3136.
     backbone=dict(num_keys=32, drop_path_rate=0.0),

@@ -1,9 +1,9 @@
-# Backbones in UperNet under one recipe, for tools/train_variants.py: small pictures,
-# narrow heads and short runs from random weights, for two CPU cores. A config of your
-# own names classes and data; camvid.py is one.
+# Backbones in UperNet under one recipe, for tools/train_variants.py: small pictures and
+# narrow heads, from random weights. A config of your own names classes and data;
+# camvid.py is one.
 _base_ = ['../upernet_dgt_t_ade20k.py', 'backbones.py']
 scale, crop_size = (160, 120), (96, 96)  # width and height at most; of a crop
-iterations = 60
+iterations = 2000
 comparison = dict(
     heading='Backbones in UperNet',
     metric='mIoU',
@@ -11,53 +11,7 @@ comparison = dict(
     size=scale[::-1],  # of the FLOPs: height, width
 )
 # Share: of the iterations of a run that a trial takes.
-<<<<<<< HEAD
-learning_rates = dict(tried=(3e-4, 1e-3), share=0.4)
-=======
-learning_rates = dict(tried=(3e-4, 1e-3), share=0.5)
-# By name: the title, and what differs from the settings below. in_channels of the
-# heads follow from the backbone. Any backbone of mmseg, mmpretrain, mmdet, or of timm
-# as mmpretrain.TIMMBackbone, with four maps.
-peer = dict(_delete_=True, out_indices=(0, 1, 2, 3))
-variants = dict(
-    dgt_t=dict(title='DGT-T'),
-    swin_t=dict(
-        title='Swin-T',
-        settings=dict(
-            model=dict(
-                backbone=dict(
-                    type='mmpretrain.SwinTransformer',
-                    arch='tiny',
-                    drop_path_rate=0.0,
-                    pad_small_map=True,
-                    **peer,
-                )
-            )
-        ),
-    ),
-    convnext_t=dict(
-        title='ConvNeXt-T',
-        settings=dict(
-            model=dict(
-                backbone=dict(
-                    type='mmpretrain.ConvNeXt',
-                    arch='tiny',
-                    drop_path_rate=0.0,
-                    gap_before_final_norm=False,
-                    **peer,
-                )
-            )
-        ),
-    ),
-    resnet50=dict(
-        title='ResNet-50',
-        settings=dict(
-            model=dict(backbone=dict(type='mmpretrain.ResNet', depth=50, **peer))
-        ),
-    ),
-)
-
->>>>>>> evid
+learning_rates = dict(tried=(3e-4, 1e-3), share=0.25)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     # Of 576 tokens in stage 1; the paper's K of 98 is of 3136.
