@@ -23,8 +23,8 @@ ALL = 2**30  # clamped to the tokens
 
 
 def first_picture(runner: Runner) -> Tensor:
-    """The first picture of the validation as the backbone gets it, (1, 3, H, W)."""
-    item = runner.val_dataloader.dataset[0]
+    """The first picture of the evaluation as the backbone gets it, (1, 3, H, W)."""
+    item = runner.test_dataloader.dataset[0]
     data = runner.model.data_preprocessor(pseudo_collate([item]), training=False)
     return data['inputs']
 
@@ -35,7 +35,7 @@ def sweep(runner: Runner, metric: str, keys: list[int], rounds: int) -> list[dic
     scores = {}
     for num_keys in keys:
         backbone.set_num_keys(num_keys)
-        scores[num_keys] = round(runner.val()[metric], 2)
+        scores[num_keys] = round(runner.test()[metric], 2)
         print(f'K = {name_of(num_keys)}: {metric} {scores[num_keys]}', flush=True)
     picture = first_picture(runner)
 
@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     out = find_out(parser, args)
     cfg = load_config(args)
-    check_data(cfg, 'val_dataloader')
+    check_data(cfg, 'test_dataloader')
     runner = build_runner(cfg)
     runner.load_checkpoint(args.checkpoint)
     trained = cfg.model.backbone.get('num_keys')

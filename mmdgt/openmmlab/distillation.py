@@ -84,6 +84,7 @@ class FeatureDistiller(BaseModel):
 def _look(network: nn.Module) -> tuple[Tensor, ...]:
     """The maps of a small picture, (1, C, h, w) each."""
     training = network.training
-    features = network.eval()(torch.zeros(1, 3, 64, 64))
+    network.eval()  # returns nothing in some backbones
+    features = network(torch.zeros(1, 3, 64, 64))
     network.train(training)
     return features
