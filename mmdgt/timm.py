@@ -246,7 +246,7 @@ class DGT(models.DGT):
         """
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
@@ -292,7 +292,7 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     dense = kwargs.get('features_only', False)
     kwargs.setdefault('num_keys', 392 if dense else 98)
-    feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls='getter')
+    feature_cfg: dict[str, Any] = dict(out_indices=(0, 1, 2, 3), feature_cls='getter')
     if dense and kwargs.get('feature_cls', 'getter') == 'getter':
         kwargs.setdefault('out_norm', True)
         feature_cfg['norm'] = True

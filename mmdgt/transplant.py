@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from .files import whole_file
 from .models import DGT
-
-NAMED = 3  # names that a message gives
+from .weights import NAMED, not_finite, read_plain_data, weights_of
 
 
 class Layout(NamedTuple):
@@ -243,31 +242,9 @@ def read_weights(file: str) -> dict[str, Tensor]:
         OSError: If there is no such file.
         ValueError: If it can't be read safely, or a weight is not finite.
     """
-    try:
-        if file.endswith('.safetensors'):
-            from safetensors.torch import load_file
-
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, 'cpu', weights_only=True)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # of what kind depends on where the reading stopped
-        cause = str(error).splitlines()[0]
-        raise ValueError(
-            f'{file} is damaged, no checkpoint or holds more than plain data: {cause}'
-        ) from error
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(weights, dict):
-            weights = weights.get(wrapper, weights)
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(
-            f'{file} is no checkpoint: expected tensors by their names, bare or under'
-            " 'state_dict' or 'model'"
-        )
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f'{file}: {name} holds a NaN or an infinity')
+    weights = weights_of(file, read_plain_data(file))
+    if bad := not_finite(weights):
+        raise ValueError(f'{file}: {bad[0]} holds a NaN or an infinity')
     return weights
 
 

@@ -6,6 +6,7 @@ blocks and heads count from 1 as in the paper, groups from 0 as in the operators
 
 import colorsys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,10 +85,9 @@ def find_groups(
     finally:
         handle.remove()
     query, key, *_ = layer.project(seen[0])
-    group, keys = layer.choose(query, key)
+    group, keys = (x[0, head - 1].cpu().numpy() for x in layer.choose(query, key))
     stride = 2 ** (stage + 1)
     shape = [-(-side // stride) for side in image.shape[2:]]
-    group, keys = (x[0, head - 1].cpu().numpy() for x in (group, keys))
     return Groups(group.reshape(shape), keys, stride)
 
 
@@ -99,7 +99,7 @@ def find_layer(
     Raises:
         ValueError: If the model has no DGT or it no such stage, block or head.
     """
-    stages = _find_backbone(model).stages
+    stages: Any = _find_backbone(model).stages
     _check_number('stage', stage, len(stages))
     blocks = stages[stage - 1].blocks
     _check_number(f'block of stage {stage}', block, len(blocks))
@@ -144,11 +144,11 @@ def group_statistics(groups: Groups) -> dict:
           queries selected as a key.
     """
     num_groups, num_keys = groups.keys.shape
-    place = np.indices(groups.group.shape).reshape(2, -1).T
-    place = torch.from_numpy(groups.stride * place).double()
+    indices = np.indices(groups.group.shape).reshape(2, -1).T
+    place = torch.from_numpy(groups.stride * indices).double()
     sizes = np.bincount(groups.group.ravel(), minlength=num_groups)
     live = np.flatnonzero(sizes)
-    distance = [None] * num_groups
+    distance: list[float | None] = [None] * num_groups
     for group in live:
         queries = place[groups.is_query(group).ravel()]
         distances = torch.cdist(queries, place[groups.keys[group]])
@@ -253,11 +253,11 @@ def _highlight(
 ) -> np.ndarray:
     inside = _to_pixels(tokens[..., None], groups, image)
     coloured = _blend(image, group_colours(len(groups.keys))[group])
-    return np.where(inside, coloured, np.uint8(SHADE * image))
+    return np.where(inside, coloured, (SHADE * image).astype(np.uint8))
 
 
 def _blend(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    return np.uint8(np.rint((1 - OPACITY) * image + OPACITY * colours))
+    return np.rint((1 - OPACITY) * image + OPACITY * colours).astype(np.uint8)
 
 
 def _to_pixels(tokens: np.ndarray, groups: Groups, image: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ import torch
 from mmengine.hooks import Hook
 from PIL import Image
 from test_hooks import make_runner
+from test_resume import make
 
+from mmdgt.openmmlab import picture_files
 from mmdgt.openmmlab.apis import config, inference
 from mmdgt.openmmlab.engine import CheckLabelMap, LossCheckHook
 
@@ -103,6 +105,104 @@ def test_coco_annotations_of_nothing(tmp_path, key):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf'x\.json: 1 .* number 7, have an {key}'):
         config._check_categories('train_dataloader', file, ('disk',))
+
+
+@pytest.mark.parametrize(
+    ('box', 'area'),
+    [
+        ([5, 5, 0, 9], 1),
+        ([5, 5, 9, 0.5], 1),
+        ([60, 0, 5, 5], 25),
+        ([0, -9, 5, 9], 45),
+        ([5, 5, 9, 9], 0),
+    ],
+)
+def test_boxes_that_mmdetection_leaves_out_are_told(tmp_path, box, area):
+    """By its own data set, which says nothing."""
+    from mmdet.datasets import CocoDataset
+
+    picture = dict(id=1, width=60, height=40, file_name='x.png')
+    whole = dict(image_id=1, category_id=1, iscrowd=0)
+    content = dict(
+        images=[picture],
+        categories=[dict(id=1, name='disk')],
+        annotations=[
+            dict(whole, id=6, bbox=[-3, 30, 9, 20], area=9),
+            dict(whole, id=7, bbox=box, area=area),
+        ],
+    )
+    file = tmp_path / 'x.json'
+    file.write_text(json.dumps(content))
+    dataset = CocoDataset(ann_file=str(file), metainfo=dict(classes=('disk',)))
+    assert len(dataset.get_data_info(0)['instances']) == 1
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'print_log', lambda text, **_: told.append(text))
+        config._check_categories('train_dataloader', file, ('disk',))
+        content['annotations'].pop()
+        file.write_text(json.dumps(content))
+        config._check_categories('train_dataloader', file, ('disk',))
+    (text,) = told
+    assert 'x.json: 1 (7) of its 2 annotations are left out' in text
+
+
+class Files(list):
+    """A data set that only names its pictures."""
+
+    def get_data_info(self, index):
+        return dict(img_path=str(self[index]))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for i in range(4):
+        end = ('.jpg', '.png')[i % 2]
+        cv2.imwrite(str(tmp_path / f'{i}{end}'), colours())
+    with open(tmp_path / '0.jpg', 'ab') as file:
+        file.write(bytes(1000))  # as some cameras do
+    return Files(sorted(tmp_path.glob('*.*')))
+
+
+@pytest.mark.parametrize(
+    ('number', 'length', 'message'),
+    [
+        (0, 0, r'0\.jpg is damaged or no picture: it is empty'),
+        (2, 600, r'2\.jpg is damaged: it is cut off'),
+        (3, 600, r'3\.png is damaged: it is cut off'),
+        (3, 20, r'3\.png is damaged or no picture'),
+        (1, None, r'there is no file .*1\.png'),
+    ],
+)
+def test_training_pictures_are_looked_at_before_the_start(
+    pictures, number, length, message
+):
+    assert picture_files.check_pictures(pictures) == 4
+    if length is None:
+        pictures[number].unlink()
+    else:
+        pictures[number].write_bytes(pictures[number].read_bytes()[:length])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        picture_files.check_pictures(pictures)
+
+
+def test_the_look_takes_no_longer_than_allowed(pictures, monkeypatch):
+    monkeypatch.setattr(picture_files, 'READERS', 1)
+    assert picture_files.check_pictures(Files(pictures * 100), seconds=0) == 64
+    assert picture_files.check_pictures(Files(['s3://bucket/x.jpg'])) == 0
+    assert picture_files.check_pictures([1, 2]) == 0
+
+
+def test_training_does_not_start_with_a_cut_off_picture(pictures):
+    class Pictures(Files, torch.utils.data.Dataset):
+        pass
+
+    content = pictures[1].read_bytes()
+    pictures[1].write_bytes(content[: len(content) // 2])
+    runner = make(pictures[0].parent / 'run')
+    runner._train_dataloader['dataset'] = Pictures(pictures)
+    with pytest.raises(ValueError, match=r'1\.png is damaged'):
+        runner.train()
+    assert runner.iter == 0
 
 
 class Break(Hook):

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / 'README.md').read_text()
@@ -196,6 +195,7 @@ def test_bfloat16_in_training():
 
 def test_sizes():
     """Against the paper's in tests/test_dgt.py and test_configs.py; here the index."""
+    yaml = pytest.importorskip('yaml')
     index = yaml.safe_load((REPOSITORY / 'configs/metafile.yml').read_text())['Models']
     index = {model['Name']: model['Metadata'] for model in index}
     names = {

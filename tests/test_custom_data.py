@@ -122,6 +122,7 @@ def test_classes_that_are_not_those_of_the_file(example, run_tool, wrong):
     assert result.returncode
     assert f'has the classes {wrong}' in result.stderr
     assert "train.json the categories ('apple', 'pear')" in result.stderr
+    assert 'Traceback' not in result.stderr
     assert not (folder / 'work_dirs').exists()
 
 

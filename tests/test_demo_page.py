@@ -1,9 +1,12 @@
 """The page in the browser: what it refuses, computes and serves."""
 
 import importlib
+import os
 import re
 import shutil
 import socket
+import tempfile
+import urllib.error
 import urllib.request
 from functools import partialmethod
 
@@ -36,16 +39,39 @@ def scene(tmp_path):
     return str(file)
 
 
+def save(file, height, width):
+    cv2.imwrite(str(file), np.zeros((height, width, 3), np.uint8))
+    return str(file)
+
+
 def test_what_is_refused(demo_page, tmp_path):
     (tmp_path / 'text.png').write_text('text')
-    with pytest.raises(ValueError, match=r'Expected a picture .*, got text\.png'):
+    with pytest.raises(ValueError, match=r'Expected a picture .*, got text\.png$'):
         demo_page.read_upload(str(tmp_path / 'text.png'))
-    blank = np.zeros((2049, 2048, 3), np.uint8)
-    cv2.imwrite(str(tmp_path / 'large.png'), blank)
-    with pytest.raises(ValueError, match=r'at most 4.2 million pixels, got 2048x2049'):
-        demo_page.read_upload(str(tmp_path / 'large.png'))
-    cv2.imwrite(str(tmp_path / 'fits.png'), blank[1:])
-    assert demo_page.read_upload(str(tmp_path / 'fits.png')).shape == (2048, 2048, 3)
+    # Ghostscript would run this.
+    (tmp_path / 'program.png').write_text(
+        '%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n'
+    )
+    with pytest.raises(ValueError, match=r'Expected a picture .*, got program\.png$'):
+        demo_page.read_upload(str(tmp_path / 'program.png'))
+    large = save(tmp_path / 'large.png', 5001, 5000)
+    with pytest.raises(ValueError, match=r'at most 25 million pixels, got 5000x5001'):
+        demo_page.read_upload(large)
+
+
+@pytest.mark.parametrize(
+    ('size', 'shown'),
+    [
+        ((5000, 5000), (1024, 1024)),
+        ((600, 2048), (300, 1024)),
+        ((1024, 1024), (1024, 1024)),
+        ((20, 30), (20, 30)),
+        ((9000, 2), (1024, 1)),
+    ],
+)
+def test_large_pictures_are_shrunk(demo_page, tmp_path, size, shown):
+    found = demo_page.read_upload(save(tmp_path / 'picture.png', *size))
+    assert found.shape == (*shown, 3)
 
 
 def test_errors_name_no_folder(demo_page, tmp_path):
@@ -123,6 +149,50 @@ def test_the_page_is_served_on_this_machine_alone(url, page, scene):
     # Another address of the machine, as good as any of the network.
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(('127.0.0.2', int(url.split(':')[-1])), timeout=5)
+
+
+@pytest.fixture
+def client(url):
+    return pytest.importorskip('gradio_client').Client(url, verbose=False)
+
+
+def test_an_error_of_ours_is_told_and_others_are_not(
+    client, page, tmp_path, scene, monkeypatch
+):
+    handle = pytest.importorskip('gradio_client').handle_file
+    (tmp_path / 'text.png').write_text('text')
+    with pytest.raises(Exception, match=r'Expected a picture .*got text\.png') as told:
+        client.predict(handle(tmp_path / 'text.png'), api_name='/predict')
+    assert 'mmdgt-page' not in str(told.value)
+
+    def fail(self, image):
+        raise RuntimeError('in /home/me/secret.py')
+
+    monkeypatch.setattr(Predictor, 'draw', fail)
+    with pytest.raises(Exception, match='could not be served') as told:
+        client.predict(handle(scene), api_name='/predict')
+    assert 'secret' not in str(told.value)
+
+
+def test_only_what_was_uploaded_is_served(client):
+    """No file of the machine and no address, and the answer names no folder."""
+
+    def told(path):
+        file = dict(path=path, meta={'_type': 'gradio.FileData'})
+        with pytest.raises(Exception) as raised:
+            client.predict(file, api_name='/predict')
+        return str(raised.value)
+
+    assert 'got the address of one' in told('http://127.0.0.1:1/x.png')
+    for folder in ('/etc', os.getcwd(), tempfile.gettempdir()):
+        assert folder not in told('/etc/passwd')
+
+
+@pytest.mark.parametrize('path', ['process_recording', 'run/predict', 'vibe-edit'])
+def test_nothing_else_is_posted_to(url, path):
+    request = urllib.request.Request(f'{url}/gradio_api/{path}', b'{}', method='POST')
+    with pytest.raises(urllib.error.HTTPError, match='404'):
+        urllib.request.urlopen(request)
 
 
 class Browser:
@@ -203,10 +273,9 @@ def test_a_picture_and_a_click_in_the_browser(browser, page, scene):
 def test_the_browser_says_what_is_refused(browser, demo_page, tmp_path):
     (tmp_path / 'text.png').write_text('text')
     browser.upload(tmp_path / 'text.png')
-    assert browser.says('Expected a picture such as JPEG or PNG, got text.png')
-    cv2.imwrite(str(tmp_path / 'large.png'), np.zeros((2049, 2048, 3), np.uint8))
-    browser.upload(tmp_path / 'large.png')
-    assert browser.says('at most 4.2 million pixels, got 2048x2049. Make it smaller.')
+    assert browser.says('Expected a picture (JPEG, PNG, WEBP, BMP), got text.png')
+    browser.upload(save(tmp_path / 'large.png', 5001, 5000))
+    assert browser.says('at most 25 million pixels, got 5000x5001. Make it smaller.')
     with open(tmp_path / 'heavy.png', 'wb') as file:
         file.truncate(demo_page.MAX_BYTES + 1)
     browser.upload(tmp_path / 'heavy.png')

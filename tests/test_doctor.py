@@ -1,9 +1,13 @@
 """The doctor names the cause and the fix of every broken installation."""
 
 import os
+import re
+import shutil
+import site
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import mmcv
@@ -29,8 +33,8 @@ def _no_gpu(monkeypatch):
     monkeypatch.delenv('FORCE_CUDA', raising=False)
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
+@pytest.fixture(name='site')
+def _site(tmp_path, monkeypatch):
     """A folder in front of the path; installs distributions that are empty."""
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -102,6 +106,14 @@ def test_other_versions_are_a_note(site, other_than_these):
     assert not finding.fails
 
 
+@pytest.mark.parametrize(
+    'version, noted', [('2.3.1', 1), ('2.4.0', 0), ('2.8.0+cpu', 0), ('3.0.0', 1)]
+)
+def test_every_torch_of_the_matrix_will_do(site, version, noted):
+    site(torch=version)
+    assert len(list(doctor.check_versions({}))) == noted
+
+
 def test_mmcv_without_operators(monkeypatch, ill):
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     ((cause, fix),) = ill()
@@ -114,6 +126,14 @@ def test_detection_alone_needs_them():
     error = "ModuleNotFoundError: No module named 'mmcv._ext'"
     assert not doctor.without_mmcv_operators(error, ['mmcv'], ['mmseg']).fails
     assert doctor.without_mmcv_operators(error, ['mmcv'], ['mmdet']).fails
+
+
+def test_mmcv_lite_never_has_them():
+    """Nothing is won by installing it anew."""
+    error = "ModuleNotFoundError: No module named 'mmcv._ext'"
+    fix = doctor.without_mmcv_operators(error, ['mmcv-lite'], ['mmdet']).fix
+    assert fix.startswith('run: pip uninstall -y mmcv-lite && pip install ninja')
+    assert fix.endswith('--no-cache-dir mmcv')
 
 
 @pytest.mark.parametrize('package', [mmcv, mmdgt])
@@ -192,7 +212,7 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
         ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
-        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', 'versions that fit'),
+        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
         ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],
@@ -211,6 +231,100 @@ def test_a_healthy_installation(capsys):
     said = capsys.readouterr().out
     assert torch.__version__ in said and mmdgt.__version__ in said
     assert 'kernels for CPU' in said and 'Nothing is wrong' in said
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment with the packages of this one, but for what a test takes out.
+
+    Returns the folder of its packages, and a function that runs the doctor there: its
+    exit status and what it says.
+    """
+    folder = tmp_path / 'site-packages'
+    folder.mkdir()
+    for place in (Path(path) for path in site.getsitepackages()):
+        for entry in place.iterdir():
+            if entry.suffix not in ('.pth', '.egg-link') and 'mmdgt' not in entry.name:
+                (folder / entry.name).symlink_to(entry)
+    own = folder / 'mmdgt'
+    own.mkdir()
+    for entry in Path(mmdgt.__file__).parent.iterdir():
+        if entry.suffix == '.py' or entry.is_dir():
+            (own / entry.name).symlink_to(entry)
+    (extension_file,) = Path(mmdgt.__file__).parent.glob('_ext*.so')
+    shutil.copy(extension_file, own)
+
+    def run(**variables):
+        done = subprocess.run(
+            [sys.executable, '-S', '-m', 'mmdgt.doctor'],
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': str(folder), **variables},
+            cwd=tmp_path,
+        )
+        assert 'Traceback' not in done.stderr, done.stderr
+        return done.returncode, done.stdout
+
+    return folder, run
+
+
+def take_out(folder, names):
+    """Remove the files of a package, which lies there as a link, by their patterns."""
+    source = folder.resolve()
+    folder.unlink()
+    folder.mkdir()
+    for entry in source.iterdir():
+        if not any(entry.match(name) for name in names):
+            (folder / entry.name).symlink_to(entry)
+
+
+def test_really_healthy(environment):
+    status, said = environment[1]()
+    assert status == 0, said
+
+
+def test_really_without_mmcv(environment):
+    folder, run = environment
+    for entry in folder.glob('*mmcv*'):
+        entry.unlink()
+    status, said = run()
+    assert status == 1
+    assert 'WRONG: mmcv is not installed\n  install torch' in said
+    assert 'pip install --no-build-isolation onedl-mmcv' in said
+
+
+def test_really_without_operators_of_mmcv(environment):
+    """As mmcv builds where no torch is in sight."""
+    folder, run = environment
+    take_out(folder / 'mmcv', ['_ext*'])
+    status, said = run()
+    assert status == 1
+    assert 'mmcv._ext, the operators of mmcv (NMS, RoIAlign), is missing' in said
+    assert '--no-cache-dir onedl-mmcv==' in said
+
+
+def test_really_of_another_torch(environment):
+    """A symbol of torch that the extension wants and this torch does not have."""
+    folder, run = environment
+    (file,) = (folder / 'mmdgt').glob('_ext*.so')
+    content = file.read_bytes()
+    wanted = re.search(rb'\0(_ZN3c106detail14torch[^\0]+)\0', content)[1]
+    file.write_bytes(content.replace(wanted, wanted[:-1] + b'0'))
+    status, said = run()
+    assert status == 1
+    assert 'WRONG: mmdgt._ext' in said.replace('the extension ', ''), said
+    assert 'undefined symbol' in said and REBUILD in said
+
+
+def test_really_without_a_compiler(environment, tmp_path):
+    folder, run = environment
+    (file,) = (folder / 'mmdgt').glob('_ext*.so')
+    file.unlink()
+    status, said = run(PATH=str(tmp_path), CXX='c++')
+    assert status == 1
+    assert 'there is no C++ compiler c++' in said and 'build-essential' in said
+    assert 'the extension mmdgt._ext is not built' in said
+    assert 'no C++ compiler' not in run()[1]
 
 
 @pytest.mark.parametrize('torch_works', [False, True])

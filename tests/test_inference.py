@@ -6,7 +6,9 @@ import cv2
 import mmcv
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
 
 from mmdgt.openmmlab.apis.inference import Predictor
 
@@ -42,6 +44,38 @@ def test_as_the_inferencer_of_mmsegmentation(tiny_models, predictor, file):
     np.testing.assert_array_equal(found['predictions'], labels)
     drawn = mmcv.bgr2rgb(ours.draw(picture()))
     np.testing.assert_array_equal(found['visualization'], drawn)
+
+
+def test_classes_in_parts_are_those_of_all_at_once(predictor, monkeypatch):
+    """Of equal scores the lowest class wins, over parts too."""
+    from mmdgt.openmmlab.apis import segmentation
+
+    ours = predictor('mmseg')
+    with torch.no_grad():
+        for values in ours.model.decode_head.conv_seg.parameters():
+            values[3] = values[6] = values[1]
+    monkeypatch.setattr(segmentation, 'CLASSES', 2)
+    ours.pipeline.transforms.insert(
+        -1, TRANSFORMS.build(dict(type='Resize', scale=(99, 99), keep_ratio=True))
+    )
+    assert segmentation.scores_classes_apart(ours.model)
+    found, expected = ours.find(picture()), ours.predict(picture())
+    assert found.pred_sem_seg.shape == (61, 75)
+    assert torch.equal(found.pred_sem_seg.data, expected.pred_sem_seg.data)
+    assert len(found.pred_sem_seg.data.unique()) > 1
+
+
+def test_whose_classes_need_all_scores(predictor):
+    from mmdgt.openmmlab.apis.segmentation import scores_classes_apart
+
+    model = predictor('mmseg').model
+    model.test_cfg = dict(mode='slide')
+    assert not scores_classes_apart(model)
+    model.test_cfg = dict(mode='whole')
+    model.decode_head.__class__ = type(
+        'Own', (type(model.decode_head),), dict(predict=lambda *args: None)
+    )
+    assert not scores_classes_apart(model)
 
 
 def test_as_the_inferencer_of_mmdetection(tiny_models, predictor, file):

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import subprocess
 
 import cv2
 import numpy as np
@@ -73,7 +74,48 @@ def test_the_notebook_is_kept_with_what_it_shows(checkout):
         assert everything.mean() > 1.5 * max(queries.mean(), keys.mean())
 
 
+def first_cell(folder, repository):
+    """Run the first cell, told the address of a repository, in a folder."""
+    notebook = read()
+    cell = next(cell for cell in notebook.cells if cell.cell_type == 'code')
+    cell.source = cell.source.replace(
+        "REPOSITORY = ''", f'REPOSITORY = {str(repository)!r}'
+    )
+    notebook.cells = [cell]
+    resources = dict(metadata=dict(path=str(folder)))
+    nbclient.NotebookClient(notebook, timeout=60, resources=resources).execute()
+
+
+def test_without_a_checkout_the_notebook_makes_one(tmp_path, monkeypatch):
+    """With a pip that only writes down what it is asked for, and where."""
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match='set REPOSITORY'):
+        first_cell(tmp_path, '')
+    fake = tmp_path / 'fake/pip/__main__.py'
+    fake.parent.mkdir(parents=True)
+    (fake.parent / '__init__.py').touch()
+    fake.write_text(
+        'import os, sys\n'
+        'asked = os.environ["MMCV_WITH_OPS"], os.path.isdir("configs"), sys.argv[1:]\n'
+        f'print(*asked, file=open({str(tmp_path / "calls.txt")!r}, "a"))\n'
+    )
+    monkeypatch.setenv('PYTHONPATH', str(fake.parents[1]))
+    repository = tmp_path / 'repository'
+    (repository / 'configs').mkdir(parents=True)
+    (repository / 'configs/some.py').touch()
+    author = ['-c', 'user.name=A', '-c', 'user.email=a@example.org']
+    for command in (['init'], ['add', '.'], [*author, 'commit', '-m', 'Start']):
+        subprocess.run(['git', *command], cwd=repository, check=True)
+    folder = tmp_path / 'empty'
+    folder.mkdir()
+    first_cell(folder, repository)
+    assert (folder / 'checkout/configs/some.py').is_file()
+    calls = (tmp_path / 'calls.txt').read_text().splitlines()
+    assert all(call.startswith('0 True [') for call in calls)
+    assert 'onedl-mmcv' in calls[-2] and "'--editable', '.[seg]'" in calls[-1]
+
+
 def test_the_notebook_is_small_and_names_no_machine():
     text = NOTEBOOK.read_text()
     assert len(text) < 400_000
+    assert not any('execution' in cell.metadata for cell in read().cells)
     assert not re.search(r'/(home|root|tmp|usr|Users)/', text)

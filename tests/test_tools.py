@@ -142,6 +142,7 @@ def test_no_data(repository, run_tool, tmp_path):
     assert result.returncode
     assert 'expects data in data/ade/ADEChallengeData2016' in result.stderr
     assert '--cfg-options data_root=DIR' in result.stderr
+    assert 'Traceback' not in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -42,6 +42,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmdgt import DGT, update_centroids
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -468,4 +469,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

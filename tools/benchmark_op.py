@@ -31,6 +31,7 @@ from measure import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 from mmdgt.ops import assign_queries, group_attention, select_keys, use_backend
 from mmdgt.ops.library import ops
@@ -408,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

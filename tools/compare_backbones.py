@@ -42,6 +42,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmdgt  # noqa: F401
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 from mmdgt.openmmlab.engine.flops import count_flops
 
@@ -558,4 +559,4 @@ def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> No
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from measure import add_out, find_out
 
+from mmdgt.commands import run_command
 from mmdgt.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -535,4 +536,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

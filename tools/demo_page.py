@@ -3,16 +3,35 @@
 ``python tools/demo_page.py CONFIG CHECKPOINT`` shows what the model finds in a picture
 and, on a click, the group of the pixel and the keys it selected. It serves this
 machine alone unless --host says otherwise, and needs Gradio: pip install ".[demo]".
+page_limits.py has its bounds; addresses of visitors behind a proxy are those that it
+names in X-Forwarded-For, from this machine or those of FORWARDED_ALLOW_IPS.
 """
 
 import argparse
+import atexit
+import contextlib
+import ctypes
+import logging
 import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
 import mmcv
 import numpy as np
 from mmengine.config import Config
-from PIL import Image, UnidentifiedImageError
+from page_limits import MAX_BYTES, Limits, sweep_forever
+from PIL import Image
 
+from mmdgt.commands import run_command
+from mmdgt.configs import find_config
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -21,35 +40,46 @@ from mmdgt.visualization import find_groups
 
 # Silent unless the user has set it: Gradio reports to its makers by default.
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-MAX_BYTES = 20 * 2**20
 MAX_WAITING = 20  # visitors; more are asked to come back later
-MAX_PIXELS = 4 * 2**20
+MAX_PIXELS = 25 * 10**6  # of an upload
+MAX_SIDE = 1024  # pixels, to which larger pictures are shrunk
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # others may start programs to be read
 
 
 def read_upload(file: str) -> np.ndarray:
-    """Read a picture of limited size, (H, W, 3) BGR.
+    """Read a picture and shrink it to what the page shows, (H, W, 3) BGR.
 
     Raises:
-        ValueError: If it is no picture or has too many pixels.
+        ValueError: If it is no picture or has too many pixels; names no folder.
     """
+    name = os.path.basename(file)
     try:
-        with Image.open(file) as header:  # decodes no pixels yet
+        with Image.open(file, formats=FORMATS) as header:  # decodes no pixels yet
             width, height = header.size
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        name = os.path.basename(file)
+    except Exception as error:  # whatever a decoder makes of a hostile header
         raise ValueError(
-            f'Expected a picture such as JPEG or PNG, got {name}'
+            f'Expected a picture ({", ".join(FORMATS)}), got {name}'
         ) from error
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f'Expected a picture of at most {MAX_PIXELS / 1e6:.1f} million pixels, got'
+            f'Expected a picture of at most {MAX_PIXELS / 1e6:.0f} million pixels, got'
             f' {width}x{height}. Make it smaller.'
         )
     try:
-        return read_image(file)
+        image = read_image(file)
     except ValueError as error:  # names the folder, which is nobody's business
-        text = str(error).replace(file, os.path.basename(file))
-        raise ValueError(text) from error
+        raise ValueError(str(error).replace(file, name)) from error
+    factor = MAX_SIDE / max(width, height)
+    if factor >= 1:
+        return image
+    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
+    return mmcv.imresize(image, size, interpolation='area')
+
+
+def release_memory() -> None:
+    """Give what a request has freed back to the system, where glibc would keep it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 
 class Page:
@@ -84,11 +114,44 @@ def build(page: Page):
     """Lay the page out, a Gradio application."""
     import gradio as gr
 
+    # Every thread that calls PyTorch gets threads and memory of its own.
+    worker = ThreadPoolExecutor(1)
+
+    def told(function: Callable) -> Callable:
+        """Tell the visitor of our own errors, and of others only that there is one."""
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            try:
+                return worker.submit(function, *args).result()
+            except ValueError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            except Exception as error:
+                logging.exception('The page failed to answer')
+                raise gr.Error('This picture could not be served.') from error
+            finally:
+                release_memory()
+
+        return call
+
+    @told
     def click(file, stage, block, head, event: gr.SelectData):
         return page.show(file, stage, block, head, *event.index)
 
-    with gr.Blocks(title='mmdgt', delete_cache=(3600, 3600)) as application:
+    with gr.Blocks(title='mmdgt') as application:
         file = gr.File(label='Picture', type='filepath')
+        take = file.async_move_resource_to_block_cache
+
+        async def take_uploads_alone(path: str | None) -> str | None:
+            """Gradio would fetch what a visitor's URL names, however large."""
+            if path and '://' in path:
+                raise gr.Error(
+                    'Expected an uploaded picture, got the address of one.',
+                    print_exception=False,
+                )
+            return await take(path)
+
+        file.async_move_resource_to_block_cache = take_uploads_alone
         gr.Markdown('Click on the prediction to see a group and the keys it selected.')
         found = gr.Image(show_label=False, interactive=False, format='png')
         with gr.Row():
@@ -99,7 +162,7 @@ def build(page: Page):
         groups = gr.Image(show_label=False, interactive=False, format='png')
         # One at a time, for they share the model.
         queue = dict(concurrency_id='model', concurrency_limit=1)
-        file.change(page.predict, file, found, api_name='predict', **queue)
+        file.change(told(page.predict), file, found, api_name='predict', **queue)
         found.select(click, [file, *place], groups, **queue)
     return application
 
@@ -109,7 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config')
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
     parser.add_argument('checkpoint')
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all'
@@ -142,19 +207,29 @@ def main() -> None:
             ' tools/infer.py and tools/show_groups.py'
         )
     try:
-        application = build(
-            Page(Predictor(cfg, args.checkpoint, allow_partial=args.allow_partial))
-        )
+        from starlette.middleware import Middleware  # comes with Gradio
     except ModuleNotFoundError as error:
         parser.error(f'{error}; the page needs Gradio: pip install ".[demo]"')
-    application.queue(max_size=MAX_WAITING).launch(
+    folder = Path(tempfile.mkdtemp(prefix='mmdgt-page-'))
+    os.environ['GRADIO_TEMP_DIR'] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    predictor = Predictor(cfg, args.checkpoint, allow_partial=args.allow_partial)
+    application = build(Page(predictor))
+    threading.Thread(target=sweep_forever, args=(folder,), daemon=True).start()
+    application.queue(max_size=MAX_WAITING, api_open=False).launch(
         auth=(user, password) if args.auth else None,
         server_name=args.host,
         server_port=args.port,
         max_file_size=MAX_BYTES,
-        show_error=True,
+        app_kwargs=dict(middleware=[Middleware(Limits, folder=folder)]),
+        # One server process, without what this page has no use for.
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
     )
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

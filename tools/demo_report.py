@@ -13,6 +13,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.structures import BaseDataElement
 
 import mmdgt
+from mmdgt.commands import run_command
 from mmdgt.files import write_json
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.models import DynamicGroupAttention
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

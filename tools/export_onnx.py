@@ -14,6 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import load_config, make_parser
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from measure import machine, save
 from torch import Tensor
 
+from mmdgt.commands import run_command
 from mmdgt.ops import assign_and_sum, backend, group_attention, select_keys
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -245,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

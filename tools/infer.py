@@ -11,6 +11,8 @@ import mmcv
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from mmdgt.commands import run_command
+from mmdgt.configs import find_config
 from mmdgt.files import whole_file
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -71,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config')
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
     parser.add_argument('checkpoint')
     parser.add_argument('input', type=Path, help='picture, folder of pictures or video')
     parser.add_argument('--out', type=Path, required=True, help='folder for results')
@@ -98,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

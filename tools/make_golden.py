@@ -12,6 +12,7 @@ from measure import add_out, find_out
 from torch import Tensor
 
 from mmdgt import DGT, __version__, update_centroids
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file
 from mmdgt.ops import use_backend
 
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

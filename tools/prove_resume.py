@@ -26,6 +26,7 @@ import torch
 from measure import add_out, find_out, machine, save
 from mmengine.fileio import LocalBackend
 
+from mmdgt.commands import run_command
 from mmdgt.openmmlab.apis.config import load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner
 from mmdgt.openmmlab.engine import Interrupted, checkpointing
@@ -266,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

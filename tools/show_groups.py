@@ -12,6 +12,8 @@ from pathlib import Path
 import mmcv
 from mmengine.config import Config
 
+from mmdgt.commands import run_command
+from mmdgt.configs import find_config
 from mmdgt.files import write_json
 from mmdgt.openmmlab.apis.config import add_allow_partial
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
@@ -30,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config')
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
     parser.add_argument('checkpoint', help='file, or "random" for random weights')
     parser.add_argument('image')
     parser.add_argument('--out', type=Path, default=Path('groups.png'), help='picture')
@@ -80,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
+from mmdgt.commands import run_command
 from mmdgt.files import whole_file, write_text
 from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -4,6 +4,7 @@ import contextlib
 
 from mmengine.device import get_device
 
+from mmdgt.commands import run_command
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner, leave_processes
 from mmdgt.openmmlab.engine import Interrupted
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dims, 3 * dims)
         self.proj = nn.Linear(dims, dims)
-        self.logit_scale = None
+        self.logit_scale: nn.Parameter | None = None
         if cosine:
             start = torch.full((num_heads, 1, 1), math.log(10.0))
             self.logit_scale = nn.Parameter(start)
@@ -98,6 +98,10 @@ class DynamicGroupAttention(Attention):
     Warns:
         UserWarning: Once, if the layer is trained and its centroids never move.
     """
+
+    centroids: Tensor
+    group_sums: Tensor
+    group_counts: Tensor
 
     def __init__(
         self,

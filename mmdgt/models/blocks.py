@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from .checkpointing import checkpointed
 from .convolutions import ResidualDepthwiseConv
@@ -37,7 +38,7 @@ class Stem(nn.Sequential):
             ]
             in_channels = dims
         super().__init__(*layers)
-        self.to(memory_format=torch.channels_last)  # as the feature maps
+        convert_conv2d_weight_memory_format(self, torch.channels_last)  # as the maps
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dims, ceil(H / 2), ceil(W / 2))."""
@@ -54,7 +55,7 @@ class PatchMerging(nn.Sequential):
     def __init__(self, in_channels: int, dims: int) -> None:
         conv = nn.Conv2d(in_channels, dims, 3, stride=2, padding=1)
         super().__init__(conv, LayerNorm2d(dims))
-        self.to(memory_format=torch.channels_last)  # as the feature maps
+        convert_conv2d_weight_memory_format(self, torch.channels_last)  # as the maps
 
 
 class DropPath(nn.Module):

@@ -45,5 +45,5 @@ def check_rate(**values: Any) -> None:
             raise TypeError(
                 f'{name} must be a number, got {value!r} ({type(value).__name__})'
             )
-        if not 0 <= value < 1:
+        if not 0 <= float(value) < 1:
             raise ValueError(f'{name} must be from 0 to below 1, got {value}')

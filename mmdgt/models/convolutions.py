@@ -17,6 +17,8 @@ class PointwiseConv(nn.Conv2d):
     its bias to every pixel first.
     """
 
+    bias: Tensor
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
@@ -36,6 +38,8 @@ class ResidualDepthwiseConv(nn.Conv2d):
     of every kernel, and no second pass over the maps. Autocast leaves x as it is:
     rounding a residual stream to half precision would cost more than it saves.
     """
+
+    bias: Tensor
 
     def __init__(self, dims: int) -> None:
         super().__init__(dims, dims, 3, padding=1, groups=dims)

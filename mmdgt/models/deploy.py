@@ -6,12 +6,33 @@ with zeros, which stand for what the norm would have returned. There the factor 
 the shift remain, applied in place.
 """
 
+from typing import Protocol, TypeGuard
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
+
+from .convolutions import PointwiseConv
 
 
-def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+class BatchNorm(Protocol):
+    """A batch norm of C channels with weights and running statistics, (C,) each."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float | None
+    eps: float
+
+
+def is_batch_norm(norm: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a norm is a batch norm with all that it may have."""
+    stock = nn.modules.batchnorm._BatchNorm
+    return isinstance(norm, stock) and norm.affine and norm.track_running_stats
+
+
+def factor_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """What a batch norm of C channels is in evaluation mode, (C,) each."""
     scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias.detach() - norm.running_mean * scale
@@ -27,12 +48,15 @@ class Affine(nn.Module):
         TypeError: If the norm is of another kind.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not is_batch_norm(norm):
             raise TypeError(
-                f'only batch norms can be folded, got {type(norm).__name__}; use the'
-                ' model without switch_to_deploy'
+                'only batch norms with weights and running statistics can be folded,'
+                f' got {norm}; use the model without switch_to_deploy'
             )
         scale, shift = factor_and_shift(norm)
         self.register_buffer('scale', scale)
@@ -46,10 +70,14 @@ class Affine(nn.Module):
         return x
 
 
-def fold_norms(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> nn.Conv2d:
+def fold_norms(
+    before: nn.Module, conv: PointwiseConv, after: nn.Module
+) -> PointwiseConv:
     """One 1x1 convolution that equals a batch norm, a 1x1 convolution, a batch norm."""
-    affine = Affine(before)
-    folded = fuse_conv_bn_eval(conv.eval(), after.eval())
-    folded.bias = nn.Parameter(folded.bias + folded.weight.flatten(1) @ affine.shift)
-    folded.weight = nn.Parameter(folded.weight * affine.scale.view(-1, 1, 1))
+    first, last = Affine(before), Affine(after)
+    weight = last.scale[:, None] * conv.weight.flatten(1)
+    bias = last.scale * conv.bias + last.shift + weight @ first.shift
+    folded = PointwiseConv(conv.in_channels, conv.out_channels)
+    folded.weight = nn.Parameter((weight * first.scale)[:, :, None, None])
+    folded.bias = nn.Parameter(bias)
     return folded

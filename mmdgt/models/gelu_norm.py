@@ -1,19 +1,21 @@
 """The norms behind a GELU: batch norms in one function where its kernels serve."""
 
-import contextlib
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.gelu_batch_norm import gelu_affine_, gelu_batch_norm, recomputed, serves
-from .deploy import Affine, factor_and_shift
+from .deploy import Affine, BatchNorm, factor_and_shift, is_batch_norm
 
 
 def conv_of_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``conv(norm(GELU(x)))``, where it can keeping x alone for the gradients."""
-    y = norm_of_gelu(norm, x)
-    with recomputed(y) if _trains_fused(norm, x) else contextlib.nullcontext():
+    if not _trains_fused(norm, x):
+        return conv(_apply(norm, x))
+    y = _train(norm, x)
+    with recomputed(y):
         return conv(y)
 
 
@@ -22,30 +24,38 @@ def norm_of_gelu(norm: nn.Module, x: Tensor) -> Tensor:
 
     Without gradients x may be overwritten.
     """
-    if _trains_fused(norm, x):
-        norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum
-        if momentum is None:  # the mean of all batches
-            momentum = 1.0 / norm.num_batches_tracked.item()
-        running = norm.running_mean, norm.running_var
-        return gelu_batch_norm(x, *running, norm.weight, norm.bias, momentum, norm.eps)
+    return _train(norm, x) if _trains_fused(norm, x) else _apply(norm, x)
+
+
+def _train(norm: BatchNorm, x: Tensor) -> Tensor:
+    """A training pass of a batch norm, by the kernels."""
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # the mean of all batches
+        momentum = 1.0 / norm.num_batches_tracked.item()
+    running = norm.running_mean, norm.running_var
+    return gelu_batch_norm(x, *running, norm.weight, norm.bias, momentum, norm.eps)
+
+
+def _apply(norm: nn.Module, x: Tensor) -> Tensor:
+    """Any other pass, by the kernels where nothing asks for gradients."""
     if not torch.is_grad_enabled() and serves(x):
         if isinstance(norm, nn.Identity):
             return gelu_affine_(x, x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]))
         if isinstance(norm, Affine):
             return gelu_affine_(x, norm.scale, norm.shift)
-        if _is_batch_norm(norm) and not norm.training:
+        if not norm.training and _is_stock(norm):
             return gelu_affine_(x, *factor_and_shift(norm))
     return norm(F.gelu(x))
 
 
-def _trains_fused(norm: nn.Module, x: Tensor) -> bool:
+def _trains_fused(norm: nn.Module, x: Tensor) -> TypeGuard[BatchNorm]:
     """Whether the kernels serve a training pass; one pixel has no variance."""
     several = x.numel() > x.shape[1]
-    return _is_batch_norm(norm) and norm.training and several and serves(x)
+    return norm.training and _is_stock(norm) and several and serves(x)
 
 
-def _is_batch_norm(norm: nn.Module) -> bool:
-    """Whether a norm is torch's own batch norm with all that it may have."""
+def _is_stock(norm: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a batch norm computes as torch's own do, within one process."""
     stock = nn.modules.batchnorm._BatchNorm.forward
-    return type(norm).forward is stock and norm.affine and norm.track_running_stats
+    return type(norm).forward is stock and is_batch_norm(norm)

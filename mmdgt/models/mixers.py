@@ -138,13 +138,15 @@ class ShiftedWindowAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        size = tuple(x.shape[1:3])
-        window = tuple(min(side, self.window_size) for side in size)
-        step = self.window_size // 2 if self.shifted else 0
-        shift = tuple(step if side > self.window_size else 0 for side in size)
-        windows = Windows(size, window, shift)
+        H, W = x.shape[1:3]
+        size = self.window_size
+        window = min(H, size), min(W, size)
+        step = size // 2 if self.shifted else 0
+        shift = step if size < H else 0, step if size < W else 0
+        windows = Windows((H, W), window, shift)
         *qkv, scale = self.project(x)
-        out = windows.attend(*map(windows.cut, qkv), scale, self._bias(*window))
+        query, key, value = map(windows.cut, qkv)
+        out = windows.attend(query, key, value, scale, self._bias(*window))
         return self.join(windows.join(out), x.shape)
 
     def _bias(self, height: int, width: int) -> Tensor:
@@ -249,7 +251,7 @@ class ReductionAttention(GlobalAttention):
 
 
 def build_token_mixer(
-    settings: str | dict,
+    settings: str | type | dict,
     stage: int,
     block: int,
     num_groups: int,
@@ -260,7 +262,7 @@ def build_token_mixer(
     """Build what mixes the tokens of a block.
 
     Args:
-        settings (str | dict): The name, or a dict with the name as ``type`` and
+        settings (str | type | dict): The name, or a dict with the name as ``type`` and
 
             - of 'group', DG-Attention, **num_groups** and **num_keys** (int) in
               place of those below;

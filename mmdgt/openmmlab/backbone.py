@@ -33,14 +33,15 @@ class DGT(models.DGT, BaseModule):
 
     def __init__(
         self,
-        *args: Any,
+        arch: str | dict = 'tiny',
+        *,
         norm_cfg: dict = dict(type='BN'),
         token_mixer: str | type | dict = 'group',
         init_cfg: dict | list[dict] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *args,
+            arch,
             norm_layer=partial(_build_norm, norm_cfg),
             drop_path_layer=DropPath,
             token_mixer=_find_class(token_mixer),
@@ -62,7 +63,8 @@ class DGT(models.DGT, BaseModule):
         Returns:
             tuple[int, int]: Its layer, from 0, and the number of layers.
         """
-        depths = [len(stage.blocks) for stage in self.stages]
+        stages: Any = self.stages
+        depths = [len(stage.blocks) for stage in stages]
         num_layers = sum(depths) + 2
         if param_name.startswith(f'{prefix}stem.'):
             return 0, num_layers
@@ -78,7 +80,7 @@ def _build_norm(norm_cfg: dict, dims: int) -> nn.Module:
     return build_norm_layer(norm_cfg, dims)[1]
 
 
-def _find_class(token_mixer: str | type | dict) -> str | type | dict:
+def _find_class(token_mixer: Any) -> Any:
     """The class that a registered name stands for, anything else as it is."""
     if isinstance(token_mixer, dict):
         return dict(token_mixer, type=_find_class(token_mixer.get('type')))

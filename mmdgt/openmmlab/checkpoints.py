@@ -1,11 +1,9 @@
 """The one way in for checkpoints: nothing is run, nothing is left out silently."""
 
 import logging
-import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 from ..files import PART
 from ..models.blocks import refuse_old_weights
+from ..weights import not_finite, read_plain_data, some, weights_of
 
-NAMED = 3  # keys that a message names
 # Of a checkpoint that training can go on from, beside its weights.
 STATES = ('meta', 'message_hub', 'optimizer')
 
@@ -35,27 +33,12 @@ def read_checkpoint(file: str, trust: bool = False) -> dict:
     """
     try:
         with get_local_path(str(file)) as path:
-            _check_sums(path)
-            loaded = torch.load(path, 'cpu', weights_only=not trust)
+            return read_plain_data(file, path, trust)
     except OSError as error:
         raise OSError(
             f'a checkpoint must name a file or URL that can be read, got {file}:'
             f' {error}'
         ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # of what kind depends on where the reading stopped
-        cause = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
-        cause = (cause or repr(error)).splitlines()[0].split('. ')[0]
-        raise ValueError(
-            f'{file} is damaged, is no checkpoint or holds more than plain data:'
-            f' {cause}. Copy it again; or, if you trust it, keep its weights alone:'
-            f' torch.save(torch.load({str(file)!r}, weights_only=False)["state_dict"],'
-            f' ...). To resume a training from it, tools/train.py has --trust'
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(_no_checkpoint(file, loaded))
-    return loaded
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
@@ -71,19 +54,6 @@ def read_weights(file: str) -> dict[str, Tensor]:
         OSError, ValueError: As :func:`read_checkpoint`, or if it has no weights.
     """
     return weights_of(file, read_checkpoint(file))
-
-
-def weights_of(file: str, checkpoint: dict) -> dict[str, Tensor]:
-    """The weights of a checkpoint that was read; ``file`` is named in errors."""
-    wrapper = next((key for key in ('state_dict', 'model') if key in checkpoint), None)
-    weights = checkpoint[wrapper] if wrapper else checkpoint
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise ValueError(_no_checkpoint(file, checkpoint))
-    return weights
 
 
 def load_weights(
@@ -145,11 +115,6 @@ def misfits(
     }
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those tensors that hold a NaN or an infinity."""
-    return [key for key, x in tensors.items() if not x.isfinite().all()]
-
-
 def check_resumable(file: str, checkpoint: dict) -> None:
     """Raise a ValueError if a checkpoint has weights, but no state of a training."""
     missing = [key for key in STATES if key not in checkpoint]
@@ -206,29 +171,4 @@ def secure_framework() -> None:
         ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'],
         load_from_plain_data,
         force=True,
-    )
-
-
-def some(keys: Collection[str]) -> str:
-    """The number of keys and the first of them."""
-    if not keys:
-        return 'none'
-    more = ', ...' if len(keys) > NAMED else ''
-    return f'{len(keys)} ({", ".join(list(map(str, keys))[:NAMED])}{more})'
-
-
-def _check_sums(file: str) -> None:
-    """Raise a ValueError if a checksum is wrong; torch stores them, but reads past."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()
-        if bad:
-            raise ValueError(f'the checksum of {bad} is wrong')
-
-
-def _no_checkpoint(file: str, loaded: object) -> str:
-    got = some(loaded) if isinstance(loaded, dict) else type(loaded).__name__
-    return (
-        f'{file} is no checkpoint: expected tensors by their names, bare or under'
-        f" 'state_dict' or 'model', got {got}"
     )

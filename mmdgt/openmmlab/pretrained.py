@@ -9,7 +9,8 @@ from mmengine.model import PretrainedInit, update_init_info
 from torch import nn
 
 from ..models.blocks import refuse_old_weights
-from .checkpoints import misfits, read_weights, some
+from ..weights import some
+from .checkpoints import misfits, read_weights
 
 OUTPUT_NORM, STAGE = r'norm\d+\.', r'stages\.\d+\.'
 

@@ -25,7 +25,7 @@ def load() -> tuple[dict, str | None]:
     except ModuleNotFoundError:
         return {}, 'the extension mmdgt._ext is not built'
     except ImportError as error:
-        limits = {}
+        limits: dict = {}
         problem = (
             'the extension mmdgt._ext does not load, most likely because it was built'
             f' for another torch than {torch.__version__} ({error})'

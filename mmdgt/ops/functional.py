@@ -153,7 +153,7 @@ def _assign(query: Tensor, centroids: Tensor, with_sums: bool) -> Any:
     return _choose('assign_queries', query, centroids, with_sums)
 
 
-def _choose(name: str, tokens: Tensor, centroids: Tensor, *args) -> Any:
+def _choose(name: str, tokens: Tensor, centroids: Tensor, *args: Any) -> Any:
     """Run an operator that returns integers, which carry no gradient."""
     tokens, centroids = tokens.detach(), centroids.detach().float().contiguous()
     run = backend.function(name, tokens, centroids.shape[1])

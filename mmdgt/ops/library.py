@@ -5,9 +5,11 @@ is registered for every device, and importing ``mmdgt._ext`` puts its own
 kernels for the CPU and the GPU before it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import reference
 
@@ -162,7 +164,7 @@ def _few_backward_flops(_grad_out, query_shape, *_, **__) -> int:
     return 4 * B * H * L * L * D // 2 * 5
 
 
-FLOP_FORMULAS = {
+FLOP_FORMULAS: dict[str, Callable] = {
     'assign_queries': _choosing_flops,
     'select_keys': _choosing_flops,
     'group_attention': _attending_flops,
@@ -176,7 +178,7 @@ _KERNELS = {
     'group_attention': _group_attention,
     'group_attention_backward': _group_attention_backward,
 }
-_FAKES = {
+_FAKES: dict[str, Callable] = {
     'assign_queries': _fake_assign_queries,
     'select_keys': _fake_select_keys,
     'group_attention': _fake_group_attention,
@@ -191,7 +193,10 @@ for _name, _schema in _SCHEMAS.items():
     if _name in _KERNELS:
         _library.impl(_name, _KERNELS[_name], 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{_name}', _FAKES[_name], lib=_library)
-    register_flop_formula(getattr(ops, _name))(FLOP_FORMULAS[_name])
+    _packet = getattr(ops, _name)
+    _formula = register_flop_formula(_packet)(FLOP_FORMULAS[_name])
+    # torch 2.4 registers it for the packet's overloads and looks for the packet.
+    flop_registry.setdefault(_packet, _formula)
 torch.library.register_autograd(
     f'{NAMESPACE}::group_attention',
     _backward,

@@ -139,15 +139,14 @@ def group_attention_backward(
     d_probability = d_out @ v.mT
     delta = (d_out * out_tiles).sum(-1, keepdim=True)
     d_scores = probability * (d_probability - delta) * scale
-    grads = (
-        layout.restore(d_scores @ k),
-        layout.unselect(d_scores.mT @ q),
-        layout.unselect(d_value),
-    )
-    return tuple(grad.to(query.dtype) for grad in grads)
+    d_query, d_key = layout.restore(d_scores @ k), layout.unselect(d_scores.mT @ q)
+    d_value, dtype = layout.unselect(d_value), query.dtype
+    return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype)
 
 
-def _scores(layout, query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _scores(
+    layout: '_Masked | _Tiled', query: Tensor, key: Tensor, scale: float
+) -> Tensor:
     """scale * q k^T in float32 or better, (B, H, tiles, rows, keys)."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     q, k = (

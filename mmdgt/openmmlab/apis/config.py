@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
+
+from ...configs import find_config
+from ...weights import some
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -15,7 +20,9 @@ LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that all tools share, named as OpenMMLab names them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
     parser.add_argument(
         '--work-dir', help='folder for logs and results; work_dirs/CONFIG by default'
     )
@@ -139,6 +146,31 @@ def _check_references(ann_file: Path, content: dict) -> None:
             )
 
 
+def _report_lost_boxes(ann_file: Path, content: dict) -> None:
+    """Warn of the objects that mmdetection leaves out without a word.
+
+    Those whose box has no area inside its picture, or a side below one pixel.
+    """
+    sizes = {x['id']: (x.get('width'), x.get('height')) for x in content['images']}
+    lost = []
+    for annotation in content['annotations']:
+        x, y, width, height = annotation['bbox']
+        right, bottom = sizes[annotation['image_id']]
+        outside = right is not None and (
+            min(x + width, right) <= max(x, 0) or min(y + height, bottom) <= max(y, 0)
+        )
+        if outside or min(width, height) < 1 or annotation.get('area', 1) <= 0:
+            lost.append(annotation['id'])
+    if lost:
+        print_log(
+            f'{ann_file}: {some(lost)} of its {len(content["annotations"])} annotations'
+            f' are left out by mmdetection: boxes outside of their picture, without an'
+            f' area or with a side below one pixel',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
 def _check_categories(loader: str, ann_file: Path, classes: Sequence[str]) -> None:
     """Compare classes to the categories of a file.
 
@@ -147,6 +179,7 @@ def _check_categories(loader: str, ann_file: Path, classes: Sequence[str]) -> No
     """
     content = json.loads(ann_file.read_text())
     _check_references(ann_file, content)
+    _report_lost_boxes(ann_file, content)
     names = [category['name'] for category in content['categories']]
     if list(classes) != [name for name in names if name in classes]:
         raise ValueError(

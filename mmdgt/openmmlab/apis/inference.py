@@ -1,6 +1,5 @@
 """One picture through the model that a config describes, whatever the framework."""
 
-import warnings
 from pathlib import Path
 
 import cv2
@@ -10,16 +9,16 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 from ...frameworks import FRAMEWORKS
 from ...visualization import viewable
 from ..checkpoints import load_weights, read_weights
+from ..picture_files import check_picture
 
-MAX_PIXELS = 100 * 10**6  # of a picture
 LOADING = ('LoadImageFromFile', 'LoadAnnotations')
 
 
@@ -30,9 +29,7 @@ def read_image(file: str | Path) -> np.ndarray:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no picture that OpenCV can read.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f'expected a picture, but there is no file {file}')
-    _check_picture(file)
+    check_picture(file, decode=True)
     image = cv2.imread(str(file))
     if image is None:
         raise ValueError(
@@ -40,27 +37,6 @@ def read_image(file: str | Path) -> np.ndarray:
             f' that OpenCV reads'
         )
     return image
-
-
-def _check_picture(file: str | Path) -> None:
-    """Raise a ValueError where OpenCV would fill up memory, or a torn picture."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of what is large; the limit is below
-        try:
-            with Image.open(file) as picture:  # decodes no pixels yet
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise ValueError(
-                        f'{file} has {width}x{height} pixels, expected at most'
-                        f' {MAX_PIXELS / 1e6:.0f} million: make it smaller'
-                    )
-                picture.load()
-        except UnidentifiedImageError:
-            return  # OpenCV knows other formats
-        except Image.DecompressionBombError as error:
-            raise ValueError(f'{file} has too many pixels: {error}') from error
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f'{file} is damaged or no picture: {error}') from error
 
 
 class Predictor:
@@ -115,13 +91,22 @@ class Predictor:
         )
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray):
+    def predict(self, image: np.ndarray) -> BaseDataElement:
         """Predict for an image (H, W, 3), BGR; returns the framework's data sample."""
         return self.model.test_step(pseudo_collate([self.prepare(image)]))[0]
 
+    def find(self, image: np.ndarray) -> BaseDataElement:
+        """:meth:`predict`, without the scores of a segmentor where they take much."""
+        if self.framework.name == 'mmseg':
+            from .segmentation import scores_classes_apart, segment
+
+            if scores_classes_apart(self.model):
+                return segment(self.model, self.prepare(image))
+        return self.predict(image)
+
     def draw(self, image: np.ndarray) -> np.ndarray:
         """Predict and draw the prediction over the image, (H, W, 3) BGR both."""
-        sample, rgb = self.predict(image), mmcv.bgr2rgb(image)
+        sample, rgb = self.find(image), mmcv.bgr2rgb(image)
         classes = self.metainfo.get('classes')
         drawn = self.framework.draw(self.visualizer, rgb, sample, classes)
         return mmcv.rgb2bgr(drawn)
@@ -143,7 +128,7 @@ class Predictor:
 
 def build_model(
     cfg: Config, checkpoint: str | None, allow_partial: bool = False
-) -> nn.Module:
+) -> BaseModel:
     """Build the model of a config for one process, in evaluation mode.
 
     Args:

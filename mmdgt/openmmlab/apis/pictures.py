@@ -56,9 +56,8 @@ def enlarge(image: np.ndarray) -> np.ndarray:
 
 def frame(image: np.ndarray) -> np.ndarray:
     """Put a white edge around a panel."""
-    return cv2.copyMakeBorder(
-        image, *4 * [GAP // 2], cv2.BORDER_CONSTANT, None, [255] * 3
-    )
+    edge = GAP // 2
+    return np.pad(image, ((edge, edge), (edge, edge), (0, 0)), constant_values=255)
 
 
 def captioned(rows: list[np.ndarray], titles: tuple[str, ...]) -> np.ndarray:
@@ -166,6 +165,7 @@ def group_panels(
     Raises:
         ValueError: If there is no such pixel or group.
     """
+    rows: list[tuple[int, tuple[int, int] | None]]
     rows = [(group_at(image, groups, x, y), (x, y)) for x, y in pixels]
     rows += [(group, None) for group in picked]
     if not rows:

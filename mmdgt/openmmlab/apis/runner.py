@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +26,16 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ...weights import weights_of
 from ..checkpoints import (
     check_resumable,
     load_weights,
     newest_checkpoint,
     read_checkpoint,
     secure_framework,
-    weights_of,
 )
 from ..engine.resume import RESUMABLE, resumable, steady
+from ..picture_files import check_pictures
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -73,13 +75,17 @@ class StrictRunner(Runner):
     ``allow_partial`` of the config allow the one and the other.
     """
 
+    _train_dataloader: Any  # mmengine's
+    _load_from: str | None
+    _resume: bool
+
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader that neither signals nor other loaders disturb."""
         return steady(Runner.build_dataloader(*args, **kwargs))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop so that it can go on anywhere."""
+        """Build the loop so that it can go on anywhere, and look at its pictures."""
         loop = dict(loop)
         if 'by_epoch' in loop:
             by_epoch = loop.pop('by_epoch')
@@ -87,17 +93,20 @@ class StrictRunner(Runner):
         if loop['type'] in RESUMABLE:
             loop['type'] = RESUMABLE[loop['type']]
             self._train_dataloader = resumable(self._train_dataloader)
-        return super().build_train_loop(loop)
+        built = super().build_train_loop(loop)
+        if is_main_process():
+            check_pictures(built.dataloader.dataset)
+        return built
 
     def load_or_resume(self) -> None:
         """Load what the config says, or go on from the newest complete checkpoint."""
         if self._resume and self._load_from is None:
             trust = self.cfg.get('trust', False)
-            found = [None]
+            found: list[Path | None] = [None]
             if is_main_process():
                 found = [newest_checkpoint(self.work_dir, trust)]
             broadcast_object_list(found)
-            self._load_from = found[0] and str(found[0])
+            self._load_from = str(found[0]) if found[0] else None
             self._resume = self._load_from is not None
             self.logger.info(
                 f'Going on from {self._load_from}.'

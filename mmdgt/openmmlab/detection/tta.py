@@ -19,7 +19,7 @@ class InstanceTTAModel(DetTTAModel):
     label, those whose masks cover a pixel hold at least half of the score.
 
     Args:
-        tta_cfg (dict): ``nms``, as for :func:`mmcv.ops.batched_nms`, and
+        tta_cfg (dict): ``nms``, as for ``mmcv.ops.batched_nms``, and
             ``max_per_img``, the most boxes to keep.
     """
 

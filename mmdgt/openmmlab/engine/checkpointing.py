@@ -22,7 +22,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...files import PART, whole_file, write_text
-from ..checkpoints import not_finite, some
+from ...weights import not_finite, some
 from .resume import SIGNALS, random_state, set_random_state
 
 INTERIM = 'interim_{}.pth'  # by its iteration; only the newest is kept
@@ -53,10 +53,13 @@ class AtomicCheckpointHook(CheckpointHook):
             this machine.
     """
 
+    file_backend: Any  # mmengine's
+    keep_ckpt_ids: deque[int]
+
     def __init__(self, *args: Any, minutes: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.minutes = minutes
-        self.received = None  # the signal, and when
+        self.received: tuple[int, float] | None = None  # the signal, and when
 
     def before_train(self, runner: Runner) -> None:
         """Go on from the stored state, if there is one, and listen for signals."""
@@ -249,7 +252,8 @@ class _RemovesLater:
     """A file back end that remembers what it was told to remove."""
 
     def __init__(self, backend: Any) -> None:
-        self.backend, self.later = backend, []
+        self.backend = backend
+        self.later: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import get_shape
+from mmengine.model import BaseModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +38,7 @@ def _count_dense_attention(inputs: list, outputs: list) -> int:
     return 2 * B * H * L * get_shape(inputs[1])[2] * D
 
 
-def count_flops(model: nn.Module, height: int, width: int) -> dict[str, float]:
+def count_flops(model: BaseModel, height: int, width: int) -> dict[str, float]:
     """Count the multiply-adds of a segmentor or a detector for one image.
 
     Models with proposals are counted as published figures are: 1000 proposals get a
@@ -45,7 +46,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> dict[str, float]:
     be counted: its deformable attention needs values, not shapes alone.
 
     Args:
-        model (nn.Module): In evaluation mode, on the device "meta": the count
+        model (BaseModel): In evaluation mode, on the device "meta": the count
             follows from shapes, and nothing is computed.
         height, width (int): Of the image, in pixels.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...models import update_centroids
 from ...visualization import draw_groups, find_groups, find_layer, viewable
-from ..checkpoints import not_finite, some
+from ...weights import not_finite, some
 
 
 @HOOKS.register_module()
@@ -82,7 +82,7 @@ class CentroidHook(Hook):
         runner.message_hub.update_scalar('train/largest_group', max(largest))
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> Any:
     """The model as the config describes it, without DDP or FSDP around it."""
     return model.module if is_model_wrapper(model) else model
 
@@ -159,20 +159,22 @@ class LabelCheckHook(Hook):
     """
 
     def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Look at the label maps of the batch, before they go to the device."""
         self._check(runner, data_batch)
 
     def before_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Look at the label maps of the batch."""
         self._check(runner, data_batch)
 
     def _check(self, runner: Runner, data_batch: dict) -> None:
         head = getattr(_unwrap(runner.model), 'decode_head', None)
-        for sample in data_batch['data_samples'] if head is not None else ():
+        if head is None:
+            return
+        for sample in data_batch['data_samples']:
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]
             if wrong.numel():
@@ -214,7 +216,10 @@ class LossCheckHook(Hook):
             for name, value in losses.items()
             if 'loss' in name
         }
-        sums = [sum(x.detach().float().sum() for x in term) for term in terms.values()]
+        sums = [
+            torch.stack([x.detach().float().sum() for x in term]).sum()
+            for term in terms.values()
+        ]
         finite = torch.stack(sums).isfinite().tolist()
         wrong = [name for name, fine in zip(terms, finite, strict=True) if not fine]
         if wrong:
@@ -279,7 +284,7 @@ class GroupVisualizationHook(Hook):
         self,
         runner: Runner,
         batch_idx: int,
-        data_batch: dict | None = None,
+        data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
         """Draw if it is the first batch."""

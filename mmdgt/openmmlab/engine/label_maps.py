@@ -1,5 +1,6 @@
 """Label maps that would be read as something else than they are."""
 
+import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 from PIL import Image
@@ -36,9 +37,9 @@ class CheckLabelMap(BaseTransform):
                 f' a picture that its EXIF data turn comes turned'
             )
         with Image.open(file) as header:
-            if header.mode in WIDE and max(header.getextrema()) > 255:
+            if header.mode in WIDE and (most := np.asarray(header).max()) > 255:
                 raise ValueError(
-                    f'{file} has 16 bits with values up to {max(header.getextrema())},'
-                    f' expected labels up to 255'
+                    f'{file} has 16 bits with values up to {most}, expected labels up'
+                    f' to 255'
                 )
         return results

@@ -56,12 +56,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return
         decay = self.paramwise_cfg.get('layer_decay_rate', 1.0)
-        backbone = self.paramwise_cfg.get('backbone_lr_mult', 1.0)
+        factor = self.paramwise_cfg.get('backbone_lr_mult', 1.0)
+        backbone: Any = module.backbone
         names = {parameter: name for name, parameter in module.named_parameters()}
         for group in params:
             name = names[group['params'][0]]
-            layer, num_layers = module.backbone.get_layer_depth(name, 'backbone.')
+            layer, num_layers = backbone.get_layer_depth(name, 'backbone.')
             scale = decay ** (num_layers - 1 - layer)
             if name.startswith('backbone.'):
-                scale *= backbone
+                scale *= factor
             group['lr'] = group.get('lr', self.base_lr) * scale

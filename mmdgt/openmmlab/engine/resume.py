@@ -29,10 +29,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a training to stop
 def random_state() -> dict:
     """The state of all generators of this process, as plain data."""
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(numpy['state']['key'].astype(np.int64))
     state = dict(
         python=[torch.tensor(words), gauss],
-        numpy=[torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        numpy=[keys, numpy['state']['pos'], numpy['has_gauss'], numpy['gauss']],
         torch=torch.get_rng_state(),
     )
     if torch.cuda.is_available():
@@ -70,7 +71,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 class Draw(NamedTuple):
     """A sample by its index, and its place in the run, which seeds its augmentation."""
 
-    index: int
+    sample: int
     place: tuple[int, ...]
 
 
@@ -82,16 +83,17 @@ class SeededDataset(Dataset):
     """
 
     def __init__(self, dataset: dict | Dataset) -> None:
-        self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        built: Any = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        self.dataset = built
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int | Draw) -> Any:
-        if not isinstance(index, Draw):
-            return self.dataset[index]
-        with seeded(*index.place):
-            return self.dataset[index.index]
+    def __getitem__(self, draw: int | Draw) -> Any:
+        if not isinstance(draw, Draw):
+            return self.dataset[draw]
+        with seeded(*draw.place):
+            return self.dataset[draw.sample]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith('__') or name == 'dataset':  # not there yet: a copy
@@ -103,7 +105,8 @@ class PlacedBatches(Sampler):
     """Batches of :class:`Draw`, from any of them on.
 
     Args:
-        sampler (Sampler): The indices of this process.
+        sampler: The indices of this process, from a sampler of mmengine or one that
+            has its ``seed`` and ``rank`` too.
         batch_size (int): Samples of a batch.
         batches (dict, optional): Another sampler of batches, in mmengine's terms.
         drop_last (bool): Whether a last batch of fewer samples is left out.
@@ -114,7 +117,7 @@ class PlacedBatches(Sampler):
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Any,
         batch_size: int,
         batches: dict | None = None,
         drop_last: bool = False,

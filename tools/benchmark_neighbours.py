@@ -1,0 +1,107 @@
+"""Time training steps beside other processes, with several settings of OpenMP.
+
+    python tools/benchmark_neighbours.py --out docs/benchmarks/neighbours.json
+
+The load is one process that computes without end: none, one at the lowest priority, one
+at the same. A setting is a value of GOMP_SPINCOUNT, how long a thread that waits for
+others tries before it sleeps. Every row has the median time of a step, how long the
+threads computed (or span), how long they waited for a core, and how often they slept.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmark_model import Case, prepare
+from measure import machine, print_columns, save
+
+BUSY = 'while True: pass'
+LOADS = {'none': None, 'niced': ['nice', '-n', '19'], 'equal': []}
+DEFAULT = 'default'
+
+
+def usage() -> dict[str, float]:
+    """What the threads of this process took so far, after /proc/PID/schedstat."""
+    ran = waited = slept = 0
+    for task in Path('/proc/self/task').iterdir():
+        ran_ns, waited_ns, _ = map(int, (task / 'schedstat').read_text().split())
+        status = dict(
+            line.split(':\t', 1) for line in (task / 'status').read_text().splitlines()
+        )
+        ran, waited = ran + ran_ns, waited + waited_ns
+        slept += int(status['voluntary_ctxt_switches'])
+    return {'ran_s': ran / 1e9, 'waited_s': waited / 1e9, 'slept': slept}
+
+
+def serve(steps: int) -> None:
+    """Print a row for every load; in a process of its own for every setting."""
+    _, step = prepare(
+        Case('backbone', (224, 224), 4, 'train', 'float32', 'contiguous', 'dgt_t', ''),
+        'cpu',
+    )
+    for _ in range(2):
+        step()
+    for load, priority in LOADS.items():
+        command = [*(priority or []), sys.executable, '-c', BUSY]
+        neighbour = None if priority is None else subprocess.Popen(command)
+        try:
+            time.sleep(0.5)
+            step()
+            before, times = usage(), []
+            for _ in range(steps):
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+            spent = {
+                key: round((value - before[key]) / steps, 3)
+                for key, value in usage().items()
+            }
+        finally:
+            if neighbour:
+                neighbour.kill()
+                neighbour.wait()
+        median = round(statistics.median(times), 3)
+        spread = [round(min(times), 3), round(max(times), 3)]
+        row = dict(load=load, step_s=median, range_s=spread, **spent)
+        print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Measure all settings, one after the other, several times."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--spins', default=f'{DEFAULT},20000', help='with commas')
+    parser.add_argument('--rounds', type=int, default=2)
+    parser.add_argument('--steps', type=int, default=6, help='of a round')
+    parser.add_argument('--out', type=Path)
+    parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args.steps)
+    rows = []
+    for _ in range(args.rounds):
+        for spin in args.spins.split(','):
+            environment = dict(os.environ)
+            environment.pop('GOMP_SPINCOUNT', None)
+            if spin != DEFAULT:
+                environment['GOMP_SPINCOUNT'] = spin
+            command = [sys.executable, __file__, '--serve', '--steps', str(args.steps)]
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            lines = done.stdout.splitlines()
+            rows += [{'GOMP_SPINCOUNT': spin, **json.loads(x)} for x in lines]
+    rows.sort(key=lambda row: list(LOADS).index(row['load']))
+    print_columns([list(rows[0]), *([str(x) for x in row.values()] for row in rows)])
+    if args.out:
+        about = machine('cpu')
+        about.pop('GOMP_SPINCOUNT', None)
+        save(args.out, about | {'cores': os.cpu_count()}, rows=rows)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A wheel with the compiled operators for this Python and torch, in dist/.
+#
+# The torch of $PYTHON is the one it will serve, mmcv gives the headers; FORCE_CUDA=1 and
+# TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0" add the kernels for GPUs. Its tag is
+# the oldest manylinux that this machine's C library allows: in a manylinux_2_28 image it
+# is manylinux_2_28. torch's libraries are left out, so that those of the torch beside it
+# are used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python}
+raw=$(mktemp -d)
+trap 'rm -rf "$raw"' EXIT
+MMDGT_WITH_OPS=1 "$python" -m pip wheel --no-build-isolation --no-deps -w "$raw" .
+"$python" -m auditwheel repair -w dist \
+  --exclude 'libc10*.so' --exclude 'libtorch*.so' --exclude 'libcudart.so.*' \
+  --exclude 'libgomp*.so.1' "$raw"/mmdgt-*.whl
