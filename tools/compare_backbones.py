@@ -275,7 +275,7 @@ def build(table: Table, backbone: dict) -> nn.Module:
     cfg.model.backbone = backbone
     fit_heads(cfg)
     if needs_timm(backbone):  # those here make their windows for one size
-        cfg.model.backbone.img_size = table.size
+        cfg.model.backbone = backbone | dict(img_size=table.size)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.eval()
     return model
