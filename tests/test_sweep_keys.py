@@ -24,7 +24,7 @@ def sweep_keys(tiny_models, demo_data, call_tool, tmp_path):
 
 def test_every_k_without_training(sweep_keys, tmp_path):
     content = sweep_keys(256, 2)
-    assert content['machine']['trained_with'] == 98
+    assert content['machine']['trained_with'] == 20
     rows = {row['K']: row for row in content['results']}
     assert list(rows) == [2, 256, 'all']
     assert all(0 <= row['score'] <= 100 and row['ms'] > 0 for row in rows.values())
