@@ -36,7 +36,7 @@ def sweep(runner: Runner, metric: str, keys: list[int], rounds: int) -> list[dic
     scores = {}
     for num_keys in keys:
         backbone.set_num_keys(num_keys)
-        scores[num_keys] = round(runner.test()[metric], 2)
+        scores[num_keys] = round(float(runner.test()[metric]), 2)
         print(f'K = {name_of(num_keys)}: {metric} {scores[num_keys]}', flush=True)
     picture = first_picture(runner)
 
