@@ -12,7 +12,7 @@ BUILD_TOOLS := ninja psutil packaging wheel "setuptools>=80,<82"
 MMCV := onedl-mmcv==2.3.6
 RUFF := ruff==0.17.5
 SEGMENTATION := onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2
-OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 timm==1.0.31 \
+OTHERS := onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6 \
   onnx onnxruntime onnxscript gradio selenium nbclient ipykernel \
   $(RUFF) clang-format==23.1.5 mypy==2.4.1
 
@@ -181,7 +181,7 @@ $(DOCS)/mkdocs:
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) $(BUILD_TOOLS) pytest
+	$(PIP) $(TORCH) $(BUILD_TOOLS) pytest timm==1.0.31
 	@touch $@
 
 $(VENV)/release: $(VENV)/torch

@@ -144,8 +144,10 @@ def install_mmcv(session: nox.Session, mmcv: str, operators: bool) -> None:
     if not wheels.exists():
         part = wheels.with_name(f'.part-{wheels.name}')
         session.run(
-            *('python', '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps'),
-            *('--no-cache-dir', '--wheel-dir', str(part), mmcv),
+            *('python', '-m', 'pip', 'wheel', '--no-deps', '--no-cache-dir'),
+            # Isolated, it does not see torch and leaves its operators out.
+            *(('--no-build-isolation',) if operators else ()),
+            *('--wheel-dir', str(part), mmcv),
             env={'MMCV_WITH_OPS': str(int(operators))},
         )
         part.rename(wheels)

@@ -4,7 +4,7 @@
 # On Debian 12 with g++-aarch64-linux-gnu, qemu-user and uv, where mmcv is installed for
 # $PYTHON: fetches an ARM Python from Debian and an ARM torch from PyPI into a folder,
 # compiles the portable kernels against them and runs the tests of the CPU kernels, or
-# those that the arguments name. Emulation takes about 20 times as long.
+# those that the arguments name. Emulated, they take hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

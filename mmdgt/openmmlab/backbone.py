@@ -18,7 +18,8 @@ from .pretrained import strict_init
 class DGT(models.DGT, BaseModule):
     """The backbone in the registries of mmpretrain, mmdet and mmsegmentation.
 
-    Takes what :class:`mmdgt.DGT` takes and returns what it returns, but for:
+    Takes what :class:`mmdgt.DGT` takes, all but ``arch`` by name, and returns what it
+    returns, but for:
 
     Args:
         norm_cfg (dict): Normalisation over feature maps, in stem and IRFFN, in place
