@@ -1,5 +1,5 @@
-# The ablations of the paper's table 4 in miniature, for tools/ablate.py: DGT-T at half
-# its width and with 6 of 17 blocks in stage 3, on demo pictures of 128 pixels.
+# The ablations of the paper's table 4 in miniature, for tools/train_variants.py: DGT-T
+# at half its width and with 6 of 17 blocks in stage 3, on demo pictures of 128 pixels.
 # The paper's 224 pixels make 3136 tokens in stage 1, these make 1024. What counts
 # tokens shrinks alike: G from 48 to 16, K from 98 to 32, Swin's windows from 7x7 to
 # 4x4, CSWin's stripes from (1, 2, 7) to (1, 1, 4). CMT's strides shrink by themselves.
@@ -18,39 +18,60 @@ model = dict(
     ),
     head=dict(in_channels=256),
 )
-# By name: the title; what differs from the above in the backbone and in CentroidHook;
-# the same in the backbone of DGT-T at 224 pixels; the paper's top-1 there.
+comparison = dict(
+    heading='Ablations in miniature',
+    metric='accuracy/top1',
+    title='top-1 (%)',
+    size=(128, 128),  # of the FLOPs: height, width
+)
+# What the paper varied, to be counted beside.
+reference = dict(title='DGT-T', config='dgt_t_in1k.py', size=(224, 224))
+# By name: the title; what differs from the above; the same in the backbone of the
+# reference; the paper's top-1 there.
 variants = dict(
     default=dict(title='G = 16, K = 32 (paper: 48, 98)', published=83.8),
     half_groups=dict(
         title='G = 8, K = 32 (24, 98)',
-        backbone=dict(num_groups=8),
-        dgt_t=dict(num_groups=24),
+        settings=dict(model=dict(backbone=dict(num_groups=8))),
+        reference=dict(num_groups=24),
         published=83.6,
     ),
     half_keys=dict(
         title='G = 16, K = 16 (48, 49)',
-        backbone=dict(num_keys=16),
-        dgt_t=dict(num_keys=49),
+        settings=dict(model=dict(backbone=dict(num_keys=16))),
+        reference=dict(num_keys=49),
         published=83.7,
     ),
-    mirrored=dict(title='eq. 4 mirrored', centroid_hook=dict(mirrored=True)),
+    mirrored=dict(
+        title='eq. 4 mirrored',
+        settings={'custom_hooks.0.mirrored': True},  # CentroidHook
+    ),
     shifted_window=dict(
         title='windows of Swin',
-        backbone=dict(token_mixer=dict(type='shifted_window', window_size=4)),
-        dgt_t=dict(token_mixer='shifted_window'),
+        settings=dict(
+            model=dict(
+                backbone=dict(token_mixer=dict(type='shifted_window', window_size=4))
+            )
+        ),
+        reference=dict(token_mixer='shifted_window'),
         published=82.8,
     ),
     cross_window=dict(
         title='stripes of CSWin',
-        backbone=dict(token_mixer=dict(type='cross_window', stripe_widths=(1, 1, 4))),
-        dgt_t=dict(token_mixer='cross_window'),
+        settings=dict(
+            model=dict(
+                backbone=dict(
+                    token_mixer=dict(type='cross_window', stripe_widths=(1, 1, 4))
+                )
+            )
+        ),
+        reference=dict(token_mixer='cross_window'),
         published=83.0,
     ),
     reduction=dict(
         title='reduction of CMT',
-        backbone=dict(token_mixer='reduction'),
-        dgt_t=dict(token_mixer='reduction'),
+        settings=dict(model=dict(backbone=dict(token_mixer='reduction'))),
+        reference=dict(token_mixer='reduction'),
         published=83.4,
     ),
 )

@@ -75,8 +75,9 @@ FRAMEWORKS = {
             tested={'onedl-mmdetection': '3.5', 'mmdet': '3.3'},
             needs_operators=True,
             scores={
-                'coco/bbox_mAP_50': ('box AP50', 100),
-                'coco/segm_mAP_50': ('mask AP50', 100),
+                f'coco/{kind}_mAP{threshold}': (f'{what} AP{threshold[1:]}', 100)
+                for kind, what in (('bbox', 'box'), ('segm', 'mask'))
+                for threshold in ('', '_50')
             },
             panels='detection_panels',
             show_settings=lambda show, folder: dict(

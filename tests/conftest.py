@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 NEED_OPENMMLAB = [
     f'test_{room}.py'
     for room in (
-        'ablate',
+        'train_variants',
         'bad_data',
         'checkpoints',
         'compare_backbones',
@@ -27,6 +27,7 @@ NEED_OPENMMLAB = [
         'demo_data',
         'demo_page',
         'detection',
+        'distillation',
         'distributed',
         'doctor',
         'export',
@@ -39,6 +40,7 @@ NEED_OPENMMLAB = [
         'precision',
         'pretrained',
         'resume',
+        'sweep_keys',
         'tools',
     )
 ]

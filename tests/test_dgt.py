@@ -312,9 +312,18 @@ def test_switch_to_deploy_ends_training():
         model.train()
 
 
-def test_switch_to_deploy_wants_batch_norms():
-    model = small(norm_layer=partial(nn.GroupNorm, 4))
-    with pytest.raises(TypeError, match=r'only batch norms .* got GroupNorm'):
+@pytest.mark.parametrize(
+    'norm_layer',
+    [
+        partial(nn.GroupNorm, 4),
+        partial(nn.BatchNorm2d, affine=False),
+        partial(nn.BatchNorm2d, track_running_stats=False),
+    ],
+)
+def test_switch_to_deploy_wants_batch_norms(norm_layer):
+    model = small(norm_layer=norm_layer)
+    name = norm_layer.func.__name__
+    with pytest.raises(TypeError, match=rf'only batch norms .* got {name}'):
         model.switch_to_deploy()
 
 

@@ -119,3 +119,9 @@ def test_the_notebook_is_small_and_names_no_machine():
     assert len(text) < 400_000
     assert not any('execution' in cell.metadata for cell in read().cells)
     assert not re.search(r'/(home|root|tmp|usr|Users)/', text)
+
+
+def test_the_notebook_links_to_what_is_there():
+    texts = (cell.source for cell in read().cells if cell.cell_type == 'markdown')
+    links = re.findall(r'\]\(([^):]+)\)', '\n'.join(texts))
+    assert links and all((NOTEBOOK.parent / link).is_file() for link in links)

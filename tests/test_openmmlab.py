@@ -1,7 +1,11 @@
 """The backbone as OpenMMLab builds it."""
 
+import re
+import sys
+
 import pytest
 import torch
+from conftest import REPOSITORY
 from mmengine.analysis import FlopAnalyzer
 from mmengine.registry import MODELS, DefaultScope
 from test_dgt import PUBLISHED, TINY, classifier
@@ -10,6 +14,7 @@ from torch import nn
 import mmdgt
 from mmdgt.models import DynamicGroupAttention
 from mmdgt.openmmlab import DGT
+from mmdgt.openmmlab.registration import register_backbone
 
 
 @pytest.mark.parametrize('framework', ['mmpretrain', 'mmdet', 'mmseg'])
@@ -21,11 +26,44 @@ def test_registered(framework):
     assert isinstance(model, DGT)
 
 
+@pytest.mark.parametrize(
+    'failure', ['assert False, "MMCV==2.2.0 is used"', 'import no_such_module']
+)
+def test_a_framework_that_does_not_import_costs_no_other(
+    tmp_path, monkeypatch, failure
+):
+    others = [pytest.importorskip(f'{x}.registry').MODELS for x in ('mmdet', 'mmseg')]
+    for name in [x for x in sys.modules if x.split('.')[0] == 'mmpretrain']:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / 'mmpretrain').mkdir()
+    (tmp_path / 'mmpretrain/__init__.py').write_text(failure)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Fresh(nn.Module):
+        pass
+
+    try:
+        with pytest.warns(UserWarning, match='Fresh is not registered in mmpretrain'):
+            register_backbone(Fresh)
+        assert all(registry.module_dict['Fresh'] is Fresh for registry in others)
+        with pytest.warns(UserWarning):  # and once more is no error
+            register_backbone(Fresh)
+    finally:
+        for registry in others:
+            registry.module_dict.pop('Fresh', None)
+
+
 @pytest.mark.parametrize('arch', PUBLISHED)
 def test_flops_of_table_1_by_the_counter_of_mmengine(arch):
     analyzer = FlopAnalyzer(classifier(arch), torch.randn(1, 3, 224, 224))
     analyzer.unsupported_ops_warnings(False)
     assert analyzer.total() / 1e9 == pytest.approx(PUBLISHED[arch][1], rel=0.015)
+    # The index has three or four digits of it.
+    (noted,) = re.findall(
+        rf'Config: configs/dgt_{arch[0]}_in1k\.py\n.*FLOPs: (\d+)',
+        (REPOSITORY / 'configs/metafile.yml').read_text(),
+    )
+    assert analyzer.total() == pytest.approx(int(noted), abs=5e6)
 
 
 def test_the_same_network_as_without_openmmlab():

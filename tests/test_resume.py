@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def make(
 ):
     torch.manual_seed(0)
     by_epoch, workers = loop['by_epoch'], settings.pop('workers', 0)
+    optim = settings.pop('optim', dict(type='BFloat16OptimWrapper'))
     checkpoint = dict(
         type='AtomicCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 3
     )
@@ -102,9 +104,7 @@ def make(
             dataset=Augmented(),
         ),
         train_cfg=dict(loop),
-        optim_wrapper=dict(
-            type='BFloat16OptimWrapper', optimizer=dict(type='AdamW', lr=0.01)
-        ),
+        optim_wrapper=dict(optim, optimizer=dict(type='AdamW', lr=0.01)),
         param_scheduler=dict(
             type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=8
         ),
@@ -191,6 +191,52 @@ def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, 
     make(tmp_path, loop, resume=True).train()
     name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
+
+
+def test_a_checkpoint_waits_for_the_step(tmp_path):
+    """Three gradients to a step, a checkpoint every four iterations."""
+    settings = dict(
+        optim=dict(type='OptimWrapper', accumulative_counts=3),
+        checkpoint=dict(interval=4),
+    )
+    make(tmp_path / 'whole', **settings).train()
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path / 'run', hooks=[InterruptAt(7, None)], **settings).train()
+    assert [file.name for file in (tmp_path / 'run').glob('*.pth')] == ['iter_6.pth']
+    make(tmp_path / 'run', resume=True, **settings).train()
+    assert_same_bits(final(tmp_path / 'run'), final(tmp_path / 'whole'))
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    """mmengine's float16 with a scaler, on the CPU; the scale grows at every step."""
+    from mmengine.optim.optimizer import amp_optimizer_wrapper
+
+    scaler = partial(torch.amp.GradScaler, device='cpu')
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', scaler)
+
+    class Float16(amp_optimizer_wrapper.AmpOptimWrapper):
+        def optim_context(self, model):
+            return torch.autocast('cpu', torch.float16)
+
+    return dict(
+        type=Float16, loss_scale=dict(init_scale=2.0**13, growth_interval=1, enabled=1)
+    )
+
+
+def test_the_scale_of_float16_goes_on(tmp_path, float16):
+    """It overflows on the way, and steps are left out."""
+    make(tmp_path / 'whole', optim=float16).train()
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path / 'run', hooks=[InterruptAt(5, None)], optim=float16).train()
+    make(tmp_path / 'run', resume=True, optim=float16).train()
+    expected = final(tmp_path / 'whole')
+    assert_same_bits(final(tmp_path / 'run'), expected)
+    scaler = expected['optimizer']['loss_scaler']
+    steps = {int(x['step']) for x in expected['optimizer']['state'].values()}
+    assert scaler['scale'] != 2.0**13
+    assert steps and max(steps) < 8, (steps, scaler)
 
 
 def test_validation_does_not_change_what_training_draws(tmp_path, whole):

@@ -356,7 +356,6 @@ def test_benchmark_of_what_is_unknown(run_tool, tool, option, first):
 @pytest.mark.parametrize(
     ('tool', 'arguments'),
     (
-        ('ablate.py', (REPOSITORY / 'configs/dgt_ablation_demo.py',)),
         ('compare_backbones.py', ('--only', 'Swin-T')),
         ('make_golden.py', ()),
     ),

@@ -272,22 +272,30 @@ def build(table: Table, backbone: dict) -> nn.Module:
     cfg = Config.fromfile(CONFIGS / table.config)
     init_default_scope(cfg.default_scope)
     MMLogger.get_current_instance().setLevel('ERROR')  # tells of scopes and of timm
-    probe = MODELS.build(backbone).to('meta')
+    cfg.model.backbone = backbone
+    fit_heads(cfg)
+    if needs_timm(backbone):  # those here make their windows for one size
+        cfg.model.backbone = backbone | dict(img_size=table.size)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model.eval()
+    return model
+
+
+def fit_heads(cfg: Config) -> None:
+    """Tell what follows the backbone of a config how many channels come from it."""
+    init_default_scope(cfg.default_scope)
+    probe = MODELS.build(cfg.model.backbone).to('meta')
     probe.eval()  # returns nothing in some backbones
     with torch.no_grad():
         features = probe(torch.empty(1, 3, 224, 224, device='meta'))
     channels = [feature.shape[1] for feature in features]
-    if needs_timm(backbone):  # those here make their windows for one size
-        backbone = backbone | dict(img_size=table.size)
-    cfg.model.backbone = backbone
-    if cfg.default_scope == 'mmseg':
-        cfg.model.decode_head.in_channels = channels
-        cfg.model.auxiliary_head.in_channels = channels[2]
-    else:
-        cfg.model.neck.in_channels = channels
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    model.eval()
-    return model
+    model = cfg.model
+    parts = ('neck', 'panoptic_head', 'decode_head', 'head')
+    first = next(model[p] for p in parts if 'in_channels' in model.get(p, {}))
+    last_alone = isinstance(first.in_channels, int)
+    first.in_channels = channels[-1] if last_alone else channels
+    if model.get('auxiliary_head'):
+        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
 
 
 def needs_timm(backbone: dict) -> bool:

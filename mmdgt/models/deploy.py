@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .convolutions import PointwiseConv
+from .layout import tokens
 
 
 class BatchNorm(Protocol):
@@ -27,7 +28,7 @@ class BatchNorm(Protocol):
 
 
 def is_batch_norm(norm: nn.Module) -> TypeGuard[BatchNorm]:
-    """Whether a norm is a batch norm with all that it may have."""
+    """Whether a norm is a batch norm with weights, biases and running statistics."""
     stock = nn.modules.batchnorm._BatchNorm
     return isinstance(norm, stock) and norm.affine and norm.track_running_stats
 
@@ -42,7 +43,7 @@ class Affine(nn.Module):
     """A batch norm in evaluation mode, applied in place.
 
     Args:
-        norm (nn.Module): A batch norm of C channels with running statistics.
+        norm (nn.Module): A batch norm of C channels, as :func:`is_batch_norm` has it.
 
     Raises:
         TypeError: If the norm is of another kind.
@@ -65,8 +66,8 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same tensor."""
         # New memory for a large map costs more than the arithmetic.
-        tokens = x.permute(0, 2, 3, 1)
-        torch.addcmul(self.shift, tokens, self.scale, out=tokens)
+        rows = tokens(x)
+        torch.addcmul(self.shift, rows, self.scale, out=rows)
         return x
 
 

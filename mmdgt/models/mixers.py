@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, DynamicGroupAttention, GlobalAttention
+from .layout import feature_map
 
 TOKEN_MIXERS = ('group', 'shifted_window', 'cross_window', 'reduction')
 
@@ -243,7 +244,7 @@ class ReductionAttention(GlobalAttention):
         """(B, H, W, C) -> queries (B, heads, H * W, D), fewer keys and values."""
         _, H, W, C = x.shape
         padding = (0, -W % self.stride, 0, -H % self.stride)
-        coarse = self.norm(self.reduce(F.pad(x.permute(0, 3, 1, 2), padding)))
+        coarse = self.norm(self.reduce(F.pad(feature_map(x), padding)))
         weight, bias = self.qkv.weight, self.qkv.bias
         query = F.linear(x.flatten(1, 2), weight[:C], bias[:C])
         both = F.linear(coarse.flatten(2).mT, weight[C:], bias[C:])

@@ -5,9 +5,10 @@ and the hooks with mmengine.
 """
 
 from .backbone import DGT
+from .distillation import FeatureDistiller
 from .engine import CentroidHook, PlainCheckpointHook
 from .registration import register_backbone
 
 register_backbone(DGT)
 
-__all__ = ['DGT', 'CentroidHook', 'PlainCheckpointHook']
+__all__ = ['DGT', 'CentroidHook', 'FeatureDistiller', 'PlainCheckpointHook']

@@ -139,9 +139,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
     Half precision inside the reference would cost it its float32 sums.
     """
-    if x.is_meta:  # knows no autocast
+    device = x.device.type
+    # What is off already is left alone, which costs nothing; meta knows no autocast.
+    if x.is_meta or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)
 
 
 @functools.cache

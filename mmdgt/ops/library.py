@@ -150,7 +150,7 @@ def _attending_backward_flops(_grad_out, *shapes, **kwargs) -> int:
 
 
 def _choosing_and_attending_flops(
-    query_shape, key_shape, _, centroids_shape, num_keys, *__, **___
+    query_shape, _key, _value, centroids_shape, num_keys, *_, **__
 ) -> int:
     index_shape = (*query_shape[:2], centroids_shape[1], min(num_keys, query_shape[2]))
     return 2 * _choosing_flops(query_shape, centroids_shape) + _attending_flops(

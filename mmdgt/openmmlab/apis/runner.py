@@ -44,8 +44,18 @@ def build_runner(cfg: Config) -> Runner:
     Args:
         cfg (Config): Its ``launcher`` says how the processes were started. Those of
             torchrun need no GPU: without one they run on the CPU.
+
+    Raises:
+        ValueError: If it shards the model over the processes.
     """
     secure_framework()
+    wrapper = (cfg.get('model_wrapper_cfg') or {}).get('type', '')
+    if 'FullyShardedDataParallel' in str(wrapper):
+        raise ValueError(
+            'model_wrapper_cfg must not be FSDP: the checkpoints of this Runner would'
+            " hold the share of one process. Leave it out for DDP, or take mmengine's"
+            ' FlexibleRunner with FSDPStrategy'
+        )
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
     return (CPURunner if on_cpu else StrictRunner).from_cfg(cfg)
 

@@ -59,6 +59,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def __init__(self, *args: Any, minutes: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.minutes = minutes
+        self.due = False
         self.received: tuple[int, float] | None = None  # the signal, and when
 
     def before_train(self, runner: Runner) -> None:
@@ -96,10 +97,15 @@ class AtomicCheckpointHook(CheckpointHook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Save if an iteration, the time or a signal says so."""
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        """Save if an iteration, the time or a signal says so.
+
+        What falls between two steps of the optimizer waits for the next one: no
+        checkpoint holds the gradients that are being summed up.
+        """
+        self.due |= super().every_n_train_iters(runner, self.interval, self.save_begin)
         if not runner.optim_wrapper.should_update():
-            return  # Gradients are being summed up, which no checkpoint holds.
+            return
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         passed = time.monotonic() - self.saved_at
         due = self.minutes is not None and passed >= 60 * self.minutes
         stop, due = self._agree(self.received is not None, due)
@@ -108,11 +114,17 @@ class AtomicCheckpointHook(CheckpointHook):
         if stop:
             self._leave(runner)
 
+    def every_n_train_iters(self, *_: Any) -> bool:
+        """Whether a checkpoint is due by its interval."""
+        due, self.due = self.due, False
+        return due
+
     def before_val(self, runner: Runner) -> None:
         """Save if training did not just do so, for validation may take long."""
         self.before_validation = None
         if hasattr(self, 'group'):  # in training
-            self._save_interim(runner, runner.iter)
+            if runner.optim_wrapper.should_update():
+                self._save_interim(runner, runner.iter)
             self.before_validation = random_state()
 
     def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,273 @@
+"""The figures of README and model index are those of the files that they name."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / 'README.md').read_text()
+BENCHMARKS = REPOSITORY / 'docs/benchmarks'
+MEASUREMENTS = REPOSITORY / 'docs/measurements'
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def table(first_cells, page=README):
+    """The rows of the table of a page whose header begins like this."""
+    lines = iter(page.splitlines())
+    for line in lines:
+        if line.startswith(first_cells):
+            break
+    else:
+        pytest.fail(f'no table {first_cells!r}')
+    next(lines)  # below the header
+    rows = []
+    for line in lines:
+        if not line.startswith('|'):
+            return rows
+        rows.append([cell.strip() for cell in line.strip('|').split('|')])
+
+
+def only(rows, **wanted):
+    """The one row of a file with these entries."""
+    found = [row for row in rows if wanted.items() <= row.items()]
+    assert len(found) == 1, wanted
+    return found[0]
+
+
+def rounded(text, value):
+    """Whether a number in the README is a measured value to the digits it has."""
+    places = len(text.partition('.')[2])
+    return abs(float(text) - value) <= 0.5000001 * 10**-places
+
+
+def claim(text):
+    """Asserts a sentence of the README, wherever its lines break."""
+    assert text in ' '.join(README.split()), text
+
+
+def test_operators_on_the_gpu():
+    stages = [
+        row
+        for run in load(BENCHMARKS / 'h200.json')['stages']
+        for row in run['results']
+    ]
+    rows = table('| | B, H, L, K | forward | backward |')
+    assert len(rows) == 6
+    for _, shape, forward, backward, dense in rows:
+        sizes = dict(zip('BHLK', map(int, shape.split(', ')), strict=True))
+        us = only(stages, draw='random', dtype='bfloat16', **sizes)['us']
+        fastest = min(
+            time for name, time in us.items() if re.fullmatch('dense .* forward', name)
+        )
+        assert rounded(forward, us['forward']), shape
+        assert rounded(backward, us['backward']), shape
+        assert rounded(dense, fastest), shape
+
+
+def test_operators_on_the_cpu():
+    rows = table('| L, K, data type | forward | backward |')
+    assert len(rows) == 5
+    for case, *printed in rows:
+        tokens, keys, dtype = case.split(', ')
+        file = 'cpu_64000.json' if tokens == '64000' else 'cpu.json'
+        results = load(BENCHMARKS / file)['results']
+        columns = (
+            ('fused', 'forward'),
+            ('fused', 'backward'),
+            ('dense_flash', 'forward'),
+            ('group_loop', 'forward'),
+            ('eager', 'forward'),
+        )
+        for (rival, which), cell in zip(columns, printed, strict=True):
+            wanted = dict(
+                L=int(tokens), K=int(keys), dtype=dtype, draw='random', B=1, H=2
+            )
+            wanted |= {'rival': rival, 'pass': which}
+            if not cell:
+                assert not [row for row in results if wanted.items() <= row.items()]
+                continue
+            ms = only(results, **wanted)['us'] / 1e3
+            assert rounded(cell, ms), (case, rival, which)
+
+
+def test_time_grows_with_the_tokens():
+    results = load(BENCHMARKS / 'cpu_lengths.json')['results']
+    wanted = dict(rival='fused', dtype='float32')
+    short, long = (only(results, L=L, **wanted)['us'] for L in (4096, 262144))
+    claim(f'[{long / short:.0f} times from 4096 to 262144 tokens]')
+
+
+# A row of the README's table of the network: its file and what it is in there.
+NETWORK = {
+    'one image of 224x224, K = 98': (
+        'model_cpu',
+        {'size': '224x224', 'batch': 1, 'pass': 'forward'},
+    ),
+    'one image of 512x2048, K = 392': (
+        'model_cpu',
+        {'size': '512x2048', 'batch': 1, 'pass': 'forward'},
+    ),
+    'training step, four of 224x224, K = 98': (
+        'model_cpu_train_224',
+        {'size': '224x224', 'batch': 4, 'pass': 'train'},
+    ),
+    'training step, one of 512x512, K = 392': (
+        'model_cpu_train',
+        {'size': '512x512', 'batch': 1, 'pass': 'train'},
+    ),
+}
+MODELS = ('dgt_t', 'swin_t', 'timm_swin_t', 'convnext_t')
+
+
+def network():
+    """(case, instruction set, its cells, its rows of the file), a line of the table."""
+    case = None
+    for name, *cells in table('| | DGT-T | Swin-T, mmpretrain |'):
+        case = case if name == 'AVX2' else name
+        file, wanted = NETWORK[case]
+        instructions = 'AVX2' if name == 'AVX2' else 'AVX512'
+        content = load(BENCHMARKS / f'{file}{"_avx2" * (name == "AVX2")}.json')
+        assert content['machine']['instructions'] == instructions
+        wanted = wanted | dict(task='backbone', dtype='float32', mode='eager')
+        rows = [only(content['results'], model=model, **wanted) for model in MODELS]
+        yield case, instructions, cells, rows
+
+
+def test_times_and_memory_of_the_network():
+    lines = list(network())
+    assert len(lines) == 2 * len(NETWORK)
+    for case, instructions, cells, rows in lines:
+        for cell, row in zip(cells, rows, strict=True):
+            ms, memory = re.fullmatch(r'([\d.]+)(?: \((\d+)\))?', cell).groups()
+            assert rounded(ms, row['ms']), (case, cell)
+            if instructions == 'AVX512':
+                assert int(memory) == round(row['peak_bytes'] / 2**20), (case, cell)
+
+
+def test_who_is_ahead():
+    """Where the quartiles overlap two models are equal."""
+    verdicts = {}
+    for case, instructions, _, (ours, *others) in network():
+        low, high = ours['ms_quartiles']
+        for rival, row in zip(MODELS[1:], others, strict=True):
+            verdict = 'ahead' if ours['ms'] < row['ms'] else 'behind'
+            if low <= row['ms_quartiles'][1] and row['ms_quartiles'][0] <= high:
+                verdict = 'equal'
+            verdicts.setdefault((rival, verdict), set()).add((case, instructions))
+    one, _, step, large_step = NETWORK
+    both = 'AVX512', 'AVX2'
+    assert verdicts['timm_swin_t', 'equal'] == {
+        *((one, instructions) for instructions in both),
+        (step, 'AVX512'),
+    }
+    assert verdicts['swin_t', 'equal'] == {(one, 'AVX512'), (large_step, 'AVX2')}
+    claim(
+        "with timm's Swin-T one image of 224x224 (both rows) and the step at 224x224 on"
+        " AVX-512; with mmpretrain's one image of 224x224 on AVX-512 and the step at"
+        ' 512x512 on AVX2. In all other rows DGT-T is ahead of both Swin-T.'
+    )
+    assert not {('timm_swin_t', 'behind'), ('swin_t', 'behind')} & verdicts.keys()
+    assert verdicts['convnext_t', 'behind'] == {
+        (case, instructions) for case in (one, large_step) for instructions in both
+    }
+    assert ('convnext_t', 'ahead') not in verdicts
+    claim(
+        'ConvNeXt-T is faster with one image of 224x224 and in the step at 512x512,'
+        ' equal elsewhere.'
+    )
+
+
+def test_bfloat16_in_training():
+    results = load(BENCHMARKS / 'model_cpu_bf16.json')['results']
+    wanted = {'pass': 'train', 'size': '224x224', 'dtype': 'bfloat16'}
+    ours, *swins = (
+        only(results, model=model, **wanted)['ms_quartiles'] for model in MODELS[:3]
+    )
+    assert all(high < ours[0] for _, high in swins)
+    claim('In bfloat16 both Swin-T are ahead of DGT-T in a training step at 224x224')
+
+
+def test_sizes():
+    """Against the paper's in tests/test_dgt.py and test_configs.py; here the index."""
+    yaml = pytest.importorskip('yaml')
+    index = yaml.safe_load((REPOSITORY / 'configs/metafile.yml').read_text())['Models']
+    index = {model['Name']: model['Metadata'] for model in index}
+    names = {
+        'DGT': 'dgt_{}_in1k',
+        'UperNet DGT': 'upernet_dgt_{}_ade20k',
+        'Mask R-CNN DGT': 'mask_rcnn_dgt_{}_1x_coco',
+    }
+    rows = table('| model | input | parameters, paper | here |')
+    assert len(rows) == 9
+    for model, _, _, params, _, flops in rows:
+        kind, size = model.rsplit('-', 1)
+        metadata = index[names[kind].format(size.lower())]
+        assert rounded(params, metadata['Parameters'] / 1e6), model
+        assert rounded(flops, metadata['FLOPs'] / 1e9), model
+
+
+def test_counted_backbones():
+    """The same model has the same figures in both tables."""
+    with (REPOSITORY / 'docs/backbones/backbones.csv').open() as file:
+        counted = {
+            (row['table'].split(':')[0], row['backbone']): row
+            for row in csv.DictReader(file)
+        }
+    tables = {'UperNet DGT': 'Table 3', 'Mask R-CNN DGT': 'Table 4(a)'}
+    for model, _, _, params, _, flops in table('| model | input | parameters, paper |'):
+        kind, size = model.rsplit('-', 1)
+        if kind in tables:
+            row = counted[tables[kind], f'DGT-{size}']
+            assert (row['params (M), here'], row['FLOPs (G), here']) == (params, flops)
+
+
+def test_the_demo():
+    scores = load(MEASUREMENTS / 'demo.json')
+    single, several = (scores[f'mIoU, {how}-scale'] for how in ('single', 'multi'))
+    claim(
+        f'mIoU of {single} on the 60 validation scenes, {several} at several scales,'
+        f' with {scores["live groups of the worst block, %"]} %'
+    )
+    scores = load(MEASUREMENTS / 'demo_classification.json')
+    claim(f'({scores["top-1, single-scale"]} % top-1, six classes,')
+    scores = load(MEASUREMENTS / 'demo_detection.json')
+    box, mask = (scores[f'{kind} AP50, single-scale'] for kind in ('box', 'mask'))
+    claim(f'box AP50 {box}, mask AP50 {mask}')
+    box, mask = (scores[f'{kind} AP50, multi-scale'] for kind in ('box', 'mask'))
+    claim(f'at several scales {box} and {mask}')
+
+
+def test_the_page_of_the_demo():
+    page = (REPOSITORY / 'docs/demo.md').read_text()
+    rows = table('| | single scale | several scales |', page)
+    assert len(rows) == 4
+    for what, single, several, file in rows:
+        scores, metric = load(MEASUREMENTS / file.strip('`')), what.split(', ')[1]
+        assert float(single) == scores[f'{metric}, single-scale']
+        assert float(several) == scores[f'{metric}, multi-scale']
+    live = load(MEASUREMENTS / 'demo.json')['live groups of the worst block, %']
+    assert f'in the worst block {live} % of the groups' in page
+
+
+def test_the_groups_of_a_scene():
+    scene = load(MEASUREMENTS / 'groups_of_a_scene.json')
+    sizes = scene['group_sizes']
+    assert sizes.count(0) == scene['empty_groups'] and sum(sizes) == scene['tokens']
+    claim(f'{scene["empty_groups"]} of the {scene["groups"]} groups are empty')
+
+
+def test_the_ablations():
+    results = load(REPOSITORY / 'docs/ablations/ablations.json')['results']
+    means = [row['mean'] for row in results]
+    spreads = [row['spread'] for row in results]
+    page = ' '.join((REPOSITORY / 'docs/ablations.md').read_text().split())
+    assert (
+        f'the means lie within {max(means) - min(means):.1f} points, the spreads over'
+        f' three seeds between {min(spreads):.1f} and {max(spreads):.1f}.'
+    ) in page
