@@ -121,11 +121,12 @@ def run(session: nox.Session, cell: Cell) -> None:
     )
     report = Path(session.create_tmp(), 'report.xml').resolve()
     session.run(
-        *('python', '-m', 'pytest', '-q', f'--junitxml={report}', *session.posargs),
-        env={'PYTHONSAFEPATH': '1'},  # the package is the installed one
+        # Not python -m: the package is to be the installed one.
+        *('pytest', '-q', f'--junitxml={report}', *session.posargs),
         success_codes=[0, 1],
     )
-    about = json.loads(session.run('python', '-W', 'ignore', '-c', PROBE, silent=True))
+    said = session.run('python', '-I', '-W', 'ignore', '-c', PROBE, silent=True)
+    about = json.loads(said.splitlines()[-1])
     row = about | outcome(report) | {'tests': ' '.join(session.posargs) or 'all'}
     rows = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     rows[session.name] = row

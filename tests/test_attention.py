@@ -178,6 +178,7 @@ def test_a_compiled_loop_is_told_before_its_evaluation(untold):
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     for _ in range(30):
+        layer.train()  # as an epoch begins; what was counted stays
         compiled(torch.randn(1, 20, 16)).square().sum().backward()
         optimizer.step()
     with pytest.warns(UserWarning, match='never move'):

@@ -340,6 +340,20 @@ def test_results_repeat_bit_by_bit(L):
         assert torch.equal(first, second)
 
 
+def test_gradients_of_an_image_do_not_depend_on_the_others():
+    B, L, G, K, D = 3, 300, 256, 200, 64  # parts of which few images fit in the cache
+    q, k, v = projection(B, 1, L, D, torch.float32)
+    group, index = random_choice(B, 1, L, G, K)
+    grad = randn(B, 1, L, D, seed=9)
+    out, lse = ops.group_attention(q, k, v, group, index, 0.1)
+    args = (grad, q, k, v, group, index, out, lse)
+    together = ops.group_attention_backward(*args, 0.1)
+    for b in range(B):
+        alone = ops.group_attention_backward(*(x[b : b + 1] for x in args), 0.1)
+        for x, y in zip(together, alone):
+            assert torch.equal(x[b : b + 1], y)
+
+
 @needs_gpu
 @pytest.mark.parametrize('L', [196, 3136])
 def test_runs_in_a_graph(L):

@@ -216,6 +216,35 @@ def test_the_layer_takes_it_unless_a_step_is_overridden(spy, training, cosine):
         torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
 
 
+class Values(DynamicGroupAttention):
+    """Every token gets its own value, whatever its group sees."""
+
+    def attend(self, query, key, value, group, index, scale):
+        assert group.shape == query.shape[:3] and index.shape[-1] == self.num_keys
+        return value
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_another_way_to_attend_is_taken(spy, training):
+    layer = Values(64, 2, num_groups=12, num_keys=30).to(DEVICE, torch.bfloat16)
+    x = randn(2, 14, 14, 64, dtype=torch.bfloat16)
+    value = layer.project(x)[2]
+    out = layer.train(training)(x)
+    assert spy.calls == 0
+    assert torch.equal(out, layer.join(value, x.shape))
+
+
+@pytest.mark.parametrize('layer', [DynamicGroupAttention, InSteps])
+def test_the_counter_of_mmengine_counts_it(layer):
+    analysis = pytest.importorskip('mmengine.analysis')
+    pytest.importorskip('mmdgt.openmmlab')
+    L, C, G, K = 196, 64, 12, 30
+    layer = layer(C, 2, num_groups=G, num_keys=K).to(DEVICE, torch.bfloat16)
+    analyzer = analysis.FlopAnalyzer(layer, randn(1, L, C, dtype=torch.bfloat16))
+    choosing, attending, projections = 2 * L * G * C, 2 * L * K * C, 4 * L * C * C
+    assert analyzer.total() == choosing + attending + projections  # eq. 6
+
+
 def test_the_layer_does_without_where_the_kernel_does_not_serve(spy):
     sizes = dict(num_heads=2, num_groups=12, num_keys=30)
     layer = DynamicGroupAttention(64, **sizes).to(DEVICE)

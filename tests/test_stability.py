@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 import mmdgt
+from mmdgt import cli
 
 LITERALS = (int, float, str, tuple, dict, type(None))
 PAGE = (REPOSITORY / 'docs/stability.md').read_text()
@@ -69,6 +70,11 @@ def test_all_that_is_exported_is_promised(module):
         pytest.importorskip(need)
     exported = importlib.import_module(module).__all__
     assert {f'{module}.{name}' for name in exported} <= PROMISED.keys()
+
+
+def test_the_commands_are_promised():
+    promise = re.search(r'The command `mmdgt` has (.*?)\.$', PAGE, re.M | re.S)[1]
+    assert re.findall(r'`([\w-]+)`', promise) == list(cli.COMMANDS)
 
 
 def test_all_that_configs_can_name_is_promised():

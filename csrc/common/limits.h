@@ -15,7 +15,8 @@ constexpr int64_t kHeadDimStep = 8;  // head dims are multiples of it
 // choose_and_attend serves so many tokens and head dims, of 16 bits an element.
 constexpr int64_t kMaxFewTokens = 256;
 constexpr int64_t kMaxFewHeadDim = 32;
-constexpr int64_t kChannelStep = 16;  // channels of GELU and its norm are
+constexpr int kMaskWords = kMaxFewTokens / 32;  // with one bit per token
+constexpr int64_t kChannelStep = 16;            // channels of GELU and its norm are
 
 // The floating point types of a device's kernels.
 inline std::vector<c10::ScalarType> served_dtypes(c10::DeviceType device) {

@@ -31,6 +31,25 @@ struct Backward {
   Rows<T> grad_query, grad_key, grad_value;
   Sizes sizes;
   float scale;
+
+  // The same from an image on.
+  Backward from_image(int64_t image, int64_t heads) const {
+    const int64_t tokens = image * heads * sizes.num_tokens;
+    const int64_t choices = image * heads * sizes.num_groups * sizes.num_keys;
+    return {grad_out.from_image(image),
+            query.from_image(image),
+            key.from_image(image),
+            value.from_image(image),
+            group + tokens,
+            index + choices,
+            out.from_image(image),
+            logsumexp + tokens,
+            grad_query.from_image(image),
+            grad_key.from_image(image),
+            grad_value.from_image(image),
+            sizes,
+            scale};
+  }
 };
 
 // Sum and maximum over the four lanes that hold a row of a C tile.
@@ -110,60 +129,6 @@ struct OnlineSoftmax {
 __device__ __forceinline__ float positive_scale_log2(float scale) {
   return fmaxf(fabsf(scale) * kLog2E, 1e-37f);
 }
-
-// The keys and values of one group on their way through two stages of shared
-// memory, kKeys at a time. Rows beyond the last key are zero. What a thread copies
-// next it looks up one stage ahead, so that no copy waits for its index.
-template <typename T, int D, int kThreads, int kKeys>
-struct KeyPipeline {
-  using Shared = SharedRows<T, D>;
-  static constexpr int kStageBytes = kKeys * D * sizeof(T);
-
-  char* shared;
-  const T* key;  // of the head
-  const T* value;
-  int key_stride, value_stride;
-  const int* index;  // of the group
-  int num_keys, num_tokens, dim;
-  RowGather<T, D, kThreads, kKeys> gather;
-
-  __device__ __forceinline__ char* stage_memory(int stage) const {
-    return shared + (stage % 2) * 2 * kStageBytes;
-  }
-  __device__ __forceinline__ Shared keys(int stage) const {
-    return Shared(stage_memory(stage));
-  }
-  __device__ __forceinline__ Shared values(int stage) const {
-    return Shared(stage_memory(stage) + kStageBytes);
-  }
-  __device__ __forceinline__ void look_up(int stage) {
-    gather.look_up(index + stage * kKeys, num_keys - stage * kKeys, num_tokens - 1);
-  }
-  __device__ __forceinline__ void copy(int stage) const {
-    gather.copy(stage_memory(stage), key, key_stride, dim);
-    gather.copy(stage_memory(stage) + kStageBytes, value, value_stride, dim);
-    ptx::commit_copies();
-  }
-
-  // Calls use(stage) for every stage once it has arrived, by all threads. The
-  // first one is under way, the second looked up.
-  template <typename Use>
-  __device__ __forceinline__ void run(Use&& use) {
-    const int last = (num_keys - 1) / kKeys;
-    for (int stage = 0; stage <= last; ++stage) {
-      if (stage < last) {
-        copy(stage + 1);
-        look_up(stage + 2);
-        ptx::wait_for_copies<1>();
-      } else {
-        ptx::wait_for_copies<0>();
-      }
-      __syncthreads();
-      use(stage);
-      __syncthreads();
-    }
-  }
-};
 
 // Warps of a block of 16 queries each: as many as fill with the queries of an average
 // group, up to 8 that share its keys.

@@ -6,8 +6,6 @@
 
 namespace mmdgt::cuda {
 
-constexpr int kMaskWords = kMaxFewTokens / 32;
-
 // What a warp needs in shared memory to choose.
 struct FewKeysScratch {
   static constexpr int kBins = 128;

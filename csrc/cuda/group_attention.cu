@@ -20,14 +20,14 @@ struct Memory {
       4 * kKeyBytes + 2 * kQueryBytes + 2 * kQueries * static_cast<int>(sizeof(int));
 
   char* base;
-  __device__ __forceinline__ char* keys(int stage) const {
-    return base + (stage & 1) * 2 * kKeyBytes;
+  __device__ __forceinline__ SharedRows<T, D> keys(int stage) const {
+    return SharedRows<T, D>(base + (stage & 1) * 2 * kKeyBytes);
   }
-  __device__ __forceinline__ char* values(int stage) const {
-    return keys(stage) + kKeyBytes;
+  __device__ __forceinline__ SharedRows<T, D> values(int stage) const {
+    return SharedRows<T, D>(base + ((stage & 1) * 2 + 1) * kKeyBytes);
   }
-  __device__ __forceinline__ char* queries(int tile) const {
-    return base + 4 * kKeyBytes + (tile & 1) * kQueryBytes;
+  __device__ __forceinline__ SharedRows<T, D> queries(int tile) const {
+    return SharedRows<T, D>(base + 4 * kKeyBytes + (tile & 1) * kQueryBytes);
   }
   __device__ __forceinline__ int* tokens(int tile) const {
     return reinterpret_cast<int*>(base + 4 * kKeyBytes + 2 * kQueryBytes) +
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
       }
       __syncthreads();
       if (of_tile == 0) {
-        const SharedRows<T, D> queries(memory.queries(served));
+        const SharedRows<T, D> queries = memory.queries(served);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = 16 * warp + 8 * half + lane / 4;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
           if (to.scale < 0.f) q[half].negate();
         }
       }
-      const SharedRows<T, D> keys(memory.keys(stage));
+      const SharedRows<T, D> keys = memory.keys(stage);
       if (memory.tokens(served)[16 * warp] >= 0) {
         float s[kKeys / 8][4];
 #pragma unroll
@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
             }
           }
         }
-        softmax.template add<kKeys>(s, scale_log2, SharedRows<T, D>(memory.values(stage)),
-                                    0);
+        softmax.template add<kKeys>(s, scale_log2, memory.values(stage), 0);
         if (of_tile == stages - 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -224,7 +223,7 @@ choose_and_attend_cuda(const at::Tensor& query, const at::Tensor& key,
   at::Tensor out = empty_heads_last(query);
   at::Tensor logsumexp = at::empty({B, H, L}, query.options().dtype(at::kFloat));
   at::Tensor group = at::empty({B, H, L}, ints);
-  at::Tensor masks = at::empty({B, H, G, kMaxFewTokens / 32}, ints);
+  at::Tensor masks = at::empty({B, H, G, kMaskWords}, ints);
   const at::Tensor q = aligned_rows(query);
   if (group.numel() > 0) {
     choose_and_attend(q, aligned_rows(key), aligned_rows(value),

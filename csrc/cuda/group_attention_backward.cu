@@ -1,7 +1,6 @@
-// Group attention, backward. The probabilities are recomputed from the logsumexp,
-// once for dQ, query by query, and once for dK and dV, key by key. A key may serve
-// several groups: each leaves its part of dK and dV in a buffer, and a last kernel
-// sums a key's parts in a fixed order, so no atomics touch the gradients.
+// Group attention, backward. The probabilities are recomputed from the logsumexp, once.
+// A key may serve several groups: each leaves its part of dK and dV in a buffer, and a
+// last kernel sums a key's parts in a fixed order, so no atomics touch the gradients.
 #include <ATen/ops/empty_like.h>
 
 #include "attention.cuh"
@@ -12,265 +11,253 @@
 namespace mmdgt::cuda {
 namespace {
 
-// dQ = scale * dS K with dS = P * (dP - delta), dP = dO V^T, delta = rowsum(dO * O).
-// Blocks as in the forward pass. delta (B,H,L) is kept for the other kernel.
-template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
-    grad_query_kernel(Backward<T> to, const int* __restrict__ order,
-                      const int4* __restrict__ tiles, float* __restrict__ delta_out) {
-  char* shared = dynamic_shared();
-  const Sizes& sizes = to.sizes;
-  const auto [group, begin, end, unused] = tiles[own_head() * gridDim.x + blockIdx.x];
-  if (begin == end) return;
-  order += own_head() * sizes.num_tokens;
-  const float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
-  delta_out += own_head() * sizes.num_tokens;
-
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool active = begin + 16 * warp < end;
-  int token[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int place = begin + 16 * warp + 8 * half + lane / 4;
-    token[half] = place < end ? order[place] : -1;
-  }
-  KeyPipeline<T, D, 32 * kWarps, kKeys> pipeline{
-      shared,
-      to.key.head(),
-      to.value.head(),
-      to.key.token_stride,
-      to.value.token_stride,
-      to.index + (own_head() * sizes.num_groups + group) * sizes.num_keys,
-      sizes.num_keys,
-      sizes.num_tokens,
-      sizes.dim};
-  pipeline.look_up(0);
-  pipeline.copy(0);
-  pipeline.look_up(1);
-  float lse_log2[2], delta[2];
-  RowFragment<T, D> q[2], d_out[2], o[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    q[half].clear();
-    d_out[half].clear();
-    o[half].clear();
-    lse_log2[half] = 0.f;
-    if (token[half] >= 0) {
-      q[half].load(to.query.row(to.query.head(), token[half]), sizes.dim);
-      d_out[half].load(to.grad_out.row(to.grad_out.head(), token[half]), sizes.dim);
-      o[half].load(to.out.row(to.out.head(), token[half]), sizes.dim);
-      lse_log2[half] = logsumexp[token[half]] * kLog2E;
-    }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    delta[half] = 0.f;
-#pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      const float2 a = unpack<T>(d_out[half].x[i / 4][i % 4]);
-      const float2 b = unpack<T>(o[half].x[i / 4][i % 4]);
-      delta[half] += a.x * b.x + a.y * b.y;
-    }
-    delta[half] = quad_sum(delta[half]);
-    if (token[half] >= 0 && lane % 4 == 0) {
-      delta_out[token[half]] = delta[half];
-    }
-  }
-
-  const float scale_log2 = to.scale * kLog2E;
-  float d_query[D / 8][4] = {};
-  pipeline.run([&](int stage) {
-    if (!active) return;
-    const SharedRows<T, D> keys = pipeline.keys(stage);
-    const SharedRows<T, D> values = pipeline.values(stage);
-    const int count = sizes.num_keys - stage * kKeys;
-#pragma unroll(sizeof(T) == 2 ? kKeys / 16 : 1)
-    for (int first = 0; first < kKeys; first += 16) {
-      float s[2][4] = {}, dp[2][4] = {};
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int block = 0; block < D / 32; ++block) {
-          const auto k = keys.load_block(first + 8 * n + lane / 4, block);
-          const auto v = values.load_block(first + 8 * n + lane / 4, block);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int step = 2 * block + half;
-            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(half));
-            mma(dp[n], operand_a(d_out[0], d_out[1], step), v.operand_b(half));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float p = ptx::exp2_approx(s[n][i] * scale_log2 - lse_log2[i / 2]);
-          s[n][i] = p * (dp[n][i] - delta[i / 2]);
-        }
-        if (first + 8 * n + 8 > count) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            // Columns without a key have no part, however large p is there.
-            if (first + 8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = 0.f;
-          }
-        }
-      }
-      const FragmentA<T> ds = as_operand<T>(s[0], s[1]);
-#pragma unroll
-      for (int pair = 0; pair < D / 16; ++pair) {
-        FragmentB<T> k[2];
-        keys.load_columns(first, pair, k);
-        mma(d_query[2 * pair], ds, k[0]);
-        mma(d_query[2 * pair + 1], ds, k[1]);
-      }
-    }
-  });
-  if (!active) return;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    T* row =
-        token[half] >= 0 ? to.grad_query.row(to.grad_query.head(), token[half]) : nullptr;
-    store_row<T, D>(d_query, half, to.scale, row, sizes.dim);
-  }
-}
-
-// Queries whose gradient of dK and dV one block sums, and those it holds in one of
-// its two stages of shared memory.
-constexpr int64_t kMinPart = 512;
-template <typename T, int D>
-constexpr int kStageQueries = D * sizeof(T) == 64    ? 64
-                              : D * sizeof(T) == 128 ? 32
-                                                     : 16;
-// Tiles of 16 keys that a warp holds in registers, and warps of a block.
-template <typename T, int D>
-constexpr int kWarpTiles = D * sizeof(T) == 64 ? 2 : 1;
-constexpr int kKeyWarps = 4;
-
 // What a part of dK and dV is kept in: float16 could overflow before the sum.
 template <typename T>
 using Part = std::conditional_t<std::is_same_v<T, __half>, float, T>;
 
-// dV = P^T dO and dK = scale * dS^T Q for the queries of one tile, which may be a
-// whole group: parts (B,H,tiles,K,2,D), dK before dV.
+// What a block of attend_backward_kernel holds at a time, and where in shared memory.
 template <typename T, int D>
-__global__ void __launch_bounds__(32 * kKeyWarps)
-    grad_key_kernel(Backward<T> to, const int* __restrict__ order,
-                    const int4* __restrict__ tiles, const float* __restrict__ delta,
-                    Part<T>* __restrict__ parts, int num_tiles) {
+struct BackwardBlock {
+  static constexpr int kRowBytes = D * sizeof(T);
+  static constexpr int kWarps = kRowBytes > 256 ? 2 : 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpTiles = kRowBytes == 64 ? 2 : 1;  // of 16 keys
+  static constexpr int kKeys = 16 * kWarpTiles * kWarps;      // of a chunk
+  static constexpr int kQueries = kRowBytes == 64 ? 64
+                                  : kRowBytes == 128 || sizeof(T) == 2
+                                      ? 32
+                                      : 16;  // of a stage
+  // Whether a warp has its keys and values in registers: wide ones do not fit.
+  static constexpr bool kKeepsKeys = kRowBytes <= 128;
+  static constexpr int kStageBytes = kQueries * kRowBytes;
+  static constexpr int kKeyBytes = kKeys * kRowBytes;
+  static constexpr int kScoreBytes = kKeys * kQueries * sizeof(T);
+  static constexpr int kBytes = 5 * kStageBytes + (kKeepsKeys ? 1 : 2) * kKeyBytes +
+                                kScoreBytes + 3 * kQueries * sizeof(float);
+
+  char* base;
+  // Two stages of queries and their gradients, one of outputs.
+  __device__ __forceinline__ SharedRows<T, D> queries(int stage) const {
+    return SharedRows<T, D>(base + stage % 2 * kStageBytes);
+  }
+  __device__ __forceinline__ SharedRows<T, D> grads(int stage) const {
+    return SharedRows<T, D>(base + (2 + stage % 2) * kStageBytes);
+  }
+  __device__ __forceinline__ SharedRows<T, D> outputs() const {
+    return SharedRows<T, D>(base + 4 * kStageBytes);
+  }
+  // dS^T of 16 queries of the stage, a row per key.
+  __device__ __forceinline__ SharedRows<T, 16> grad_scores(int tile) const {
+    return SharedRows<T, 16>(base + 5 * kStageBytes + tile * 16 * kKeys * sizeof(T));
+  }
+  __device__ __forceinline__ float2* statistic() const {  // lse * log2(e), delta
+    return reinterpret_cast<float2*>(base + 5 * kStageBytes + kScoreBytes);
+  }
+  __device__ __forceinline__ float* logsumexp() const {  // of the next stage
+    return reinterpret_cast<float*>(statistic() + kQueries);
+  }
+  __device__ __forceinline__ SharedRows<T, D> keys() const {
+    return SharedRows<T, D>(logsumexp() + kQueries);
+  }
+  __device__ __forceinline__ SharedRows<T, D> values() const {
+    return SharedRows<T, D>(keys().base + kKeyBytes);
+  }
+};
+
+// The sum over D of dO * O of row `row`, of which this thread looks at one chunk, as do
+// its neighbours.
+template <typename T, int D>
+__device__ __forceinline__ float row_product(const SharedRows<T, D>& a,
+                                             const SharedRows<T, D>& b, int row) {
+  constexpr int kChunks = SharedRows<T, D>::kChunks;
+  const int chunk = threadIdx.x % kChunks;
+  const uint4 left = ptx::load_shared_16_bytes(a.address(row, chunk));
+  const uint4 right = ptx::load_shared_16_bytes(b.address(row, chunk));
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(Pair<T>)); ++i) {
+    const float2 x = unpack<T>(reinterpret_cast<const Pair<T>*>(&left)[i]);
+    const float2 y = unpack<T>(reinterpret_cast<const Pair<T>*>(&right)[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+#pragma unroll
+  for (int step = 1; step < kChunks; step *= 2) {
+    sum += __shfl_xor_sync(~0u, sum, step);
+  }
+  return sum;
+}
+
+// With S = scale * Q K^T, P = exp(S - logsumexp), dP = dO V^T, delta = rowsum(dO * O)
+// and dS = P * (dP - delta):
+//   dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K.
+// A block serves the queries of one tile, up to all of one group, and the group's keys
+// chunk by chunk. Its warps share the keys: each holds dK and dV of its own in
+// registers while the queries pass in stages, and leaves dS^T in shared memory. Then
+// the warps share the queries of the stage for dQ. parts (B,H,tiles,K,2,D) get dK before
+// dV; partial_query (B,H,L,D) has dQ from one chunk to the next.
+template <typename T, int D>
+__global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
+                                  D * sizeof(T) == 64 ? 3 : 1)
+    attend_backward_kernel(Backward<T> to, const int* __restrict__ order,
+                           const int4* __restrict__ tiles, float* partial_query,
+                           Part<T>* __restrict__ parts) {
+  using Block = BackwardBlock<T, D>;
+  constexpr int kTiles = Block::kWarpTiles;
+  constexpr int kQueries = Block::kQueries;
   const Sizes& sizes = to.sizes;
-  constexpr int kQueries = kStageQueries<T, D>;
-  constexpr int kTiles = kWarpTiles<T, D>;
-  constexpr int kStageBytes = kQueries * D * sizeof(T);
-  constexpr int kThreads = 32 * kKeyWarps;
-  __shared__ __align__(128) char shared[4 * kStageBytes];
-  __shared__ float2 statistic[2][kQueries];  // logsumexp, delta
-  const int key_block = blockIdx.x / num_tiles;
-  const int64_t tile = own_head() * num_tiles + blockIdx.x % num_tiles;
+  const int64_t tile = own_head() * gridDim.x + blockIdx.x;
   const auto [group, begin, end, unused] = tiles[tile];
   if (begin == end) return;
+  const Block memory{dynamic_shared()};
   const int* index = to.index + (own_head() * sizes.num_groups + group) * sizes.num_keys;
-  order += own_head() * sizes.num_tokens + begin;
   const float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
-  delta += own_head() * sizes.num_tokens;
+  order += own_head() * sizes.num_tokens + begin;
+  parts += tile * sizes.num_keys * 2 * sizes.dim;
   const int num_queries = end - begin;
+  const int stages = (num_queries + kQueries - 1) / kQueries;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float scale_log2 = to.scale * kLog2E;
 
-  const auto stage_query = [&](int stage) {
-    return shared + (stage % 2) * 2 * kStageBytes;
-  };
-  const auto stage_grad = [&](int stage) { return stage_query(stage) + kStageBytes; };
-  // As in KeyPipeline, tokens are looked up one stage ahead. Rows without a query
-  // become zero: whatever their probability, they add nothing.
-  RowGather<T, D, kThreads, kQueries> gather;
-  int own_token = -1;  // whose statistic this thread copies
+  // Tokens are looked up one stage ahead, so that no copy waits for them. Rows without
+  // a query become zero: whatever their probability, they add nothing.
+  RowGather<T, D, Block::kThreads, kQueries> gather;
   const auto look_up = [&](int stage) {
-    const int count = num_queries - stage * kQueries;
-    gather.look_up(order + stage * kQueries, count, sizes.num_tokens - 1);
-    const int own = threadIdx.x;
-    own_token = own < min(count, kQueries) ? order[stage * kQueries + own] : -1;
+    gather.look_up(order + stage * kQueries, num_queries - stage * kQueries,
+                   sizes.num_tokens - 1);
   };
   const auto copy = [&](int stage) {
-    gather.copy(stage_query(stage), to.query.head(), to.query.token_stride, sizes.dim);
-    gather.copy(stage_grad(stage), to.grad_out.head(), to.grad_out.token_stride,
+    gather.copy(memory.queries(stage), to.query.head(), to.query.token_stride, sizes.dim);
+    gather.copy(memory.grads(stage), to.grad_out.head(), to.grad_out.token_stride,
                 sizes.dim);
-    if (threadIdx.x < kQueries) {
-      const int at = max(own_token, 0);
-      float2* target = &statistic[stage % 2][threadIdx.x];
-      ptx::copy_4_bytes_async(ptx::shared_address(&target->x), logsumexp + at,
-                              own_token >= 0);
-      ptx::copy_4_bytes_async(ptx::shared_address(&target->y), delta + at,
-                              own_token >= 0);
-    }
+    gather.copy(memory.outputs(), to.out.head(), to.out.token_stride, sizes.dim);
+    gather.each_row([&](int row, int token) {
+      if (threadIdx.x % gather.kChunks != 0) return;
+      ptx::copy_4_bytes_async(ptx::shared_address(memory.logsumexp() + row),
+                              logsumexp + max(token, 0), token >= 0);
+    });
     ptx::commit_copies();
   };
-  look_up(0);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_key = (key_block * kKeyWarps + warp) * 16 * kTiles;
-  const bool active = first_key < sizes.num_keys;
-  const float scale_log2 = to.scale * kLog2E;
-  int own_key[2 * kTiles];
+  const auto partial_row = [&](int token) {
+    return partial_query + (own_head() * sizes.num_tokens + token) * sizes.dim;
+  };
+
+  for (int first_key = 0; first_key < sizes.num_keys; first_key += Block::kKeys) {
+    const int num_keys = min(sizes.num_keys - first_key, Block::kKeys);  // of the chunk
+    const bool first_chunk = first_key == 0;
+    const bool last_chunk = first_key + Block::kKeys >= sizes.num_keys;
+    const int own_key = 16 * kTiles * warp;
+    if (!first_chunk) __syncthreads();  // the keys before may still be read
+    look_up(0);
+    RowGather<T, D, Block::kThreads, Block::kKeys> key_gather;
+    key_gather.look_up(index + first_key, num_keys, sizes.num_tokens - 1);
+    // Operands of the own keys and values, if they stay in registers.
+    FragmentA<T> kept_k[kTiles][D / 16], kept_v[kTiles][D / 16];
+    int token[2 * kTiles];  // of rows r and r + 8 of the own tiles
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int place = first_key + 8 * i + lane / 4;
-    own_key[i] = place < sizes.num_keys ? min(index[place], sizes.num_tokens - 1) : -1;
-  }
-  copy(0);
-  look_up(1);
-  RowFragment<T, D> k[kTiles][2], v[kTiles][2];
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int own = max(own_key[i], 0);  // loads without branches, together
-    k[i / 2][i % 2].load(to.key.row(to.key.head(), own), sizes.dim);
-    v[i / 2][i % 2].load(to.value.row(to.value.head(), own), sizes.dim);
-    if (own_key[i] < 0) {
-      k[i / 2][i % 2].clear();
-      v[i / 2][i % 2].clear();
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int place = first_key + min(own_key + 8 * i + lane / 4, num_keys - 1);
+      token[i] = min(max(index[place], 0), sizes.num_tokens - 1);
     }
-  }
+    key_gather.copy(memory.keys(), to.key.head(), to.key.token_stride, sizes.dim);
+    if constexpr (!Block::kKeepsKeys) {
+      key_gather.copy(memory.values(), to.value.head(), to.value.token_stride, sizes.dim);
+    }
+    copy(0);
+    look_up(1);
+    if constexpr (Block::kKeepsKeys) {
+      RowFragment<T, D> k[2 * kTiles], v[2 * kTiles];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        k[i].load(to.key.row(to.key.head(), token[i]), sizes.dim);
+        v[i].load(to.value.row(to.value.head(), token[i]), sizes.dim);
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+          kept_k[m][step] = operand_a(k[2 * m], k[2 * m + 1], step);
+          kept_v[m][step] = operand_a(v[2 * m], v[2 * m + 1], step);
+        }
+      }
+    }
+    // dS is zero for keys that do not exist.
+    const int missing = (num_keys + 15) / 16 * 16 - num_keys;
+    for (int i = threadIdx.x; i < missing * kQueries / 2; i += Block::kThreads) {
+      memory.grad_scores(i / 8 / missing)
+          .store_pair(num_keys + i / 8 % missing, i % 8 * 2, pack<T>(0.f, 0.f));
+    }
 
-  float d_key[kTiles][D / 8][4] = {}, d_value[kTiles][D / 8][4] = {};
-  const int stages = (num_queries + kQueries - 1) / kQueries;
-  for (int stage = 0; stage < stages; ++stage) {
-    if (stage + 1 < stages) {
-      copy(stage + 1);
-      look_up(stage + 2);
-      ptx::wait_for_copies<1>();
-    } else {
+    float d_key[kTiles][D / 8][4] = {}, d_value[kTiles][D / 8][4] = {};
+    for (int stage = 0; stage < stages; ++stage) {
       ptx::wait_for_copies<0>();
-    }
-    __syncthreads();
-    if (active) {
-      const SharedRows<T, D> queries(stage_query(stage));
-      const SharedRows<T, D> grads(stage_grad(stage));
+      gather.each_row([&](int row, int) {  // what this thread has copied itself
+        const float delta = row_product(memory.grads(stage), memory.outputs(), row);
+        if (threadIdx.x % gather.kChunks == 0) {
+          memory.statistic()[row] = make_float2(memory.logsumexp()[row] * kLog2E, delta);
+        }
+      });
+      if (stage + 1 < stages) {
+        copy(stage + 1);
+        look_up(stage + 2);
+      }
+      __syncthreads();
+      const SharedRows<T, D> queries = memory.queries(stage), grads = memory.grads(stage);
       const int count = min(num_queries - stage * kQueries, kQueries);
-      for (int first = 0; first < count; first += 16) {
+      for (int first = 0; own_key < num_keys && first < count; first += 16) {
         float p[kTiles][2][4] = {}, ds[kTiles][2][4] = {};  // P^T, dS^T
+#pragma unroll(Block::kRowBytes > 256 ? 1 : D / 32)
+        for (int block = 0; block < D / 32; ++block) {
+          RowFragment<T, 32> q[2], g[2];
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int row = first + 8 * n;
-          const float2 even = statistic[stage % 2][row + 2 * (lane % 4)];
-          const float2 odd = statistic[stage % 2][row + 2 * (lane % 4) + 1];
+          for (int n = 0; n < 2; ++n) {
+            q[n] = queries.load_block(first + 8 * n + lane / 4, block);
+            g[n] = grads.load_block(first + 8 * n + lane / 4, block);
+          }
 #pragma unroll
-          for (int block = 0; block < D / 32; ++block) {
-            const auto q = queries.load_block(row + lane / 4, block);
-            const auto g = grads.load_block(row + lane / 4, block);
+          for (int m = 0; m < kTiles; ++m) {
+            FragmentA<T> own_k[2], own_v[2];
+            if constexpr (Block::kKeepsKeys) {
 #pragma unroll
-            for (int m = 0; m < kTiles; ++m) {
+              for (int step = 0; step < 2; ++step) {
+                own_k[step] = kept_k[m][2 * block + step];
+                own_v[step] = kept_v[m][2 * block + step];
+              }
+            } else {
+              memory.keys().load_operands(own_key + 16 * m, block, own_k);
+              memory.values().load_operands(own_key + 16 * m, block, own_v);
+            }
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const int step = 2 * block + half;
-                mma(p[m][n], operand_a(k[m][0], k[m][1], step), q.operand_b(half));
-                mma(ds[m][n], operand_a(v[m][0], v[m][1], step), g.operand_b(half));
+            for (int step = 0; step < 2; ++step) {
+#pragma unroll
+              for (int n = 0; n < 2; ++n) {
+                mma(p[m][n], own_k[step], q[n].operand_b(step));
+                mma(ds[m][n], own_v[step], g[n].operand_b(step));
               }
             }
           }
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float2* own = memory.statistic() + first + 8 * n + 2 * (lane % 4);
+          const float2 statistic[2] = {own[0], own[1]};  // of the columns
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float2 own = i % 2 ? odd : even;
-              p[m][n][i] = ptx::exp2_approx(p[m][n][i] * scale_log2 - own.x * kLog2E);
-              ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - own.y);
+              const auto [lse_log2, delta] = statistic[i % 2];
+              p[m][n][i] = ptx::exp2_approx(p[m][n][i] * scale_log2 - lse_log2);
+              ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - delta);
             }
           }
+        }
+        FragmentA<T> p_a[kTiles], ds_a[kTiles];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          p_a[m] = as_operand<T>(p[m][0], p[m][1]);
+          ds_a[m] = as_operand<T>(ds[m][0], ds[m][1]);
+          memory.grad_scores(first / 16)
+              .store_operand(own_key + 16 * m, num_keys, ds_a[m]);
         }
 #pragma unroll
         for (int pair = 0; pair < D / 16; ++pair) {
@@ -279,28 +266,88 @@ __global__ void __launch_bounds__(32 * kKeyWarps)
           queries.load_columns(first, pair, q);
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
-            const FragmentA<T> p_a = as_operand<T>(p[m][0], p[m][1]);
-            const FragmentA<T> ds_a = as_operand<T>(ds[m][0], ds[m][1]);
-            mma(d_value[m][2 * pair], p_a, g[0]);
-            mma(d_value[m][2 * pair + 1], p_a, g[1]);
-            mma(d_key[m][2 * pair], ds_a, q[0]);
-            mma(d_key[m][2 * pair + 1], ds_a, q[1]);
+            mma(d_value[m][2 * pair], p_a[m], g[0]);
+            mma(d_value[m][2 * pair + 1], p_a[m], g[1]);
+            mma(d_key[m][2 * pair], ds_a[m], q[0]);
+            mma(d_key[m][2 * pair + 1], ds_a[m], q[1]);
+          }
+        }
+      }
+      __syncthreads();
+
+      // dQ, 16 queries by 32 elements at a time.
+      constexpr int kQueryTiles = kQueries / 16;
+      for (int unit = warp; unit < kQueryTiles * D / 32; unit += Block::kWarps) {
+        const int row = 16 * (unit % kQueryTiles), block = unit / kQueryTiles;
+        if (row >= count) continue;
+        float d_query[4][4] = {};
+        int query[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int place = row + 8 * half + lane / 4;
+          query[half] = place < count ? order[stage * kQueries + place] : -1;
+          if (first_chunk || query[half] < 0) continue;
+          const float* partial = partial_row(query[half]) + 32 * block + 2 * (lane % 4);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            if (32 * block + 8 * n >= sizes.dim) continue;
+            d_query[n][2 * half] = partial[8 * n];
+            d_query[n][2 * half + 1] = partial[8 * n + 1];
+          }
+        }
+        for (int key = 0; key < num_keys; key += 16) {
+          const FragmentA<T> ds = memory.grad_scores(row / 16).load_transposed(key);
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            FragmentB<T> columns[2];
+            memory.keys().load_columns(key, 2 * block + pair, columns);
+            mma(d_query[2 * pair], ds, columns[0]);
+            mma(d_query[2 * pair + 1], ds, columns[1]);
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = max(query[half], 0);
+          const bool exists = query[half] >= 0;
+          if (last_chunk) {
+            T* target = to.grad_query.row(to.grad_query.head(), at) + 32 * block;
+            store_row<T, 32>(d_query, half, to.scale, exists ? target : nullptr,
+                             sizes.dim - 32 * block);
+          } else {
+            float* target = partial_row(at) + 32 * block;
+            store_row<float, 32>(d_query, half, 1.f, exists ? target : nullptr,
+                                 sizes.dim - 32 * block);
           }
         }
       }
     }
-    __syncthreads();
-  }
-  if (!active) return;
-  parts += tile * sizes.num_keys * 2 * sizes.dim;
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int place = first_key + 8 * i + lane / 4;
-    Part<T>* row = place < sizes.num_keys ? parts + place * 2 * sizes.dim : nullptr;
-    store_row<Part<T>, D>(d_key[i / 2], i % 2, to.scale, row, sizes.dim);
-    store_row<Part<T>, D>(d_value[i / 2], i % 2, 1.f,
-                          row != nullptr ? row + sizes.dim : row, sizes.dim);
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int place = own_key + 8 * i + lane / 4;
+      Part<T>* row =
+          place < num_keys ? parts + (first_key + place) * 2 * sizes.dim : nullptr;
+      store_row<Part<T>, D>(d_key[i / 2], i % 2, to.scale, row, sizes.dim);
+      store_row<Part<T>, D>(d_value[i / 2], i % 2, 1.f,
+                            row != nullptr ? row + sizes.dim : row, sizes.dim);
+    }
   }
+}
+
+// Queries of a tile: so many that the parts of dK and dV are few, so few that all
+// multiprocessors have several tiles and one large group keeps them all busy.
+int64_t tile_queries(const at::Tensor& query) {
+  const int64_t L = query.size(2), heads = query.size(0) * query.size(1);
+  const int64_t share = heads * L / (8 * num_multiprocessors());
+  return ceil_div(std::max(std::clamp<int64_t>(share, 128, 512), L / 128), 64) * 64;
+}
+
+// Images whose parts of dK and dV are in memory at a time: as many as a GPU's cache holds
+// the parts of, but enough to give all multiprocessors several tiles.
+int64_t images_at_once(int64_t images, int64_t tiles_of_image, int64_t part_bytes) {
+  constexpr int64_t kCacheBytes = 32 << 20;
+  const int64_t fewest = ceil_div(8 * num_multiprocessors(), tiles_of_image);
+  const int64_t most = std::max(fewest, kCacheBytes / (tiles_of_image * part_bytes));
+  return ceil_div(images, ceil_div(images, most));
 }
 
 constexpr int kSumThreads = 256;  // at least the number of groups
@@ -418,7 +465,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
                               grad_query, grad_key, grad_value);
     return {grad_query, grad_key, grad_value};
   }
-  const at::Tensor delta = at::empty_like(logsumexp);
   dispatch_tokens(q, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = decltype(width)::value;
@@ -435,38 +481,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward_cuda(
                          Rows<T>(grad_value),
                          Sizes(query, G, K),
                          static_cast<float>(scale)};
-    const int warps = block_warps<T, kWidth>(L, G);
-    // Long rows of queries are cut so that one large group keeps all busy.
-    const int64_t size = std::max(kMinPart, ceil_div(L, 512) * 16);
-    const SortedQueries sorted = sort_queries(group, G, 16 * warps, size);
-    const int* order = sorted.order.const_data_ptr<int>();
-    dispatch_block<T, kWidth>(warps, K, [&](auto block, auto stage) {
-      constexpr int kWarps = decltype(block)::value;
-      constexpr int kKeys = decltype(stage)::value;
-      launch(grad_query_kernel<T, kWidth, kWarps, kKeys>,
-             grid_of_heads(sorted.tiles.size(2), query), 32 * kWarps,
-             (K > kKeys ? 4 : 2) * kKeys * kWidth * sizeof(T), to, order,
-             static_cast<const int4*>(sorted.tiles.const_data_ptr()),
-             delta.mutable_data_ptr<float>());
-    });
-
-    const int64_t tiles = sorted.parts.size(2);
-    const int64_t key_blocks = ceil_div(K, kKeyWarps * 16 * kWarpTiles<T, kWidth>);
-    const at::Tensor parts =
-        at::empty({query.size(0), query.size(1), tiles, K, 2, D},
-                  query.options().dtype(
-                      std::is_same_v<Part<T>, float> ? at::kFloat : query.scalar_type()));
-    launch(grad_key_kernel<T, kWidth>, grid_of_heads(tiles * key_blocks, query),
-           32 * kKeyWarps, 0, to, order,
-           static_cast<const int4*>(sorted.parts.const_data_ptr()),
-           delta.const_data_ptr<float>(), static_cast<Part<T>*>(parts.data_ptr()),
-           static_cast<int>(tiles));
+    using Block = BackwardBlock<T, kWidth>;
+    const int64_t B = query.size(0), H = query.size(1);
+    const int64_t size = tile_queries(query);
+    const SortedQueries sorted = sort_queries(group, G, size);
     const SortedChoices choices = sort_choices(index, L);
-    launch(sum_parts_kernel<T>, grid_of_heads(ceil_div(L, kSumTokens), query),
-           kSumThreads, 0, to, static_cast<const Part<T>*>(parts.data_ptr()),
-           sorted.offsets.const_data_ptr<int>(), choices.begins.const_data_ptr<int>(),
-           static_cast<const int2*>(choices.choosers.const_data_ptr()),
-           static_cast<int>(size), static_cast<int>(tiles));
+    const int64_t tiles = sorted.tiles.size(2);
+    const int64_t images =
+        images_at_once(B, H * tiles, 2 * K * D * static_cast<int64_t>(sizeof(Part<T>)));
+    const auto floats = query.options().dtype(at::kFloat);
+    const at::Tensor parts =
+        at::empty({images, H, tiles, K, 2, D},
+                  std::is_same_v<Part<T>, float> ? floats : query.options());
+    const at::Tensor partial_query =
+        at::empty({K > Block::kKeys ? images : 0, H, L, D}, floats);
+    for (int64_t first = 0; first < B; first += images) {
+      const auto of_heads = [&](int64_t blocks) {
+        dim3 grid = grid_of_heads(blocks, query);
+        grid.z = static_cast<unsigned>(std::min(images, B - first));
+        return grid;
+      };
+      const Backward<T> own = to.from_image(first, H);
+      launch(attend_backward_kernel<T, kWidth>, of_heads(tiles), Block::kThreads,
+             Block::kBytes, own, sorted.order.const_data_ptr<int>() + first * H * L,
+             static_cast<const int4*>(sorted.tiles.const_data_ptr()) + first * H * tiles,
+             partial_query.mutable_data_ptr<float>(),
+             static_cast<Part<T>*>(parts.data_ptr()));
+      launch(
+          sum_parts_kernel<T>, of_heads(ceil_div(L, kSumTokens)), kSumThreads, 0, own,
+          static_cast<const Part<T>*>(parts.data_ptr()),
+          sorted.offsets.const_data_ptr<int>() + first * H * (G + 1),
+          choices.begins.const_data_ptr<int>() + first * H * (L + 1),
+          static_cast<const int2*>(choices.choosers.const_data_ptr()) + first * H * G * K,
+          static_cast<int>(size), static_cast<int>(tiles));
+    }
   });
   return {grad_query, grad_key, grad_value};
 }

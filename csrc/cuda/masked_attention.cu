@@ -1,71 +1,17 @@
-// Group attention for few tokens: a block serves one head of one image, all of whose
-// keys it holds in shared memory. One bit per group and key tells who sees what.
-//
-// The tensor cores multiply what a query does not see too, with a probability of zero.
-// That goes wrong where a number is not finite, or a row of probabilities leaves the
-// range of the type: such rows are noticed by their results, and done again one key at
-// a time.
-#include "masked_attention.h"
+// Group attention for few tokens, forward.
+#include "masked_attention.cuh"
 
-#include "attention.cuh"
 #include "few_keys.cuh"
 #include "scores.cuh"
 
 namespace mmdgt::cuda {
+
+using namespace masked;
+
 namespace {
 
-constexpr int kDim = kMaxFewHeadDim;
-constexpr int kMaxTokens = kMaxFewTokens;
-constexpr int kMaxWarps = kMaxTokens / 32;
 // Warps of the multiprocessor: three blocks at the 196 tokens of ImageNet.
 constexpr int kResidentWarps = 21;
-
-template <typename T>
-using Shared = SharedRows<T, kDim>;
-template <typename T>
-using Row = RowFragment<T, kDim>;
-
-// Copies the rows of one head to shared memory; rows up to `padded` become zero.
-template <typename T>
-__device__ __forceinline__ void copy_head(const Shared<T>& shared,
-                                          const Rows<const T>& rows, const Sizes& sizes,
-                                          int padded) {
-  constexpr int kChunks = Shared<T>::kChunks;
-  const T* head = rows.head();
-  for (int i = threadIdx.x; i < padded * kChunks; i += blockDim.x) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const bool valid =
-        row < sizes.num_tokens && chunk * Shared<T>::kChunkElements < sizes.dim;
-    shared.copy_async(row, chunk, rows.row(head, valid ? row : 0), valid);
-  }
-}
-
-// masks[group][word]: which keys each group sees, from index (G,K) of the head, one bit
-// per key. By all threads of the block, which have to meet before and after.
-__device__ __forceinline__ void fill_masks(uint32_t* masks, const int* __restrict__ index,
-                                           const Sizes& sizes) {
-  constexpr int kBatch = 4;  // loads under way at once
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int g = warp; g < sizes.num_groups; g += blockDim.x / 32) {
-    uint32_t* words = masks + g * kMaskWords;
-    if (lane < kMaskWords) words[lane] = 0;
-    __syncwarp();
-    for (int i = lane; i < sizes.num_keys; i += 32 * kBatch) {
-      int token[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int at = min(i + 32 * j, sizes.num_keys - 1);  // the last one twice
-        token[j] = index[g * sizes.num_keys + at];
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        // A token out of range must not do harm.
-        const int own = min(max(token[j], 0), sizes.num_tokens - 1);
-        atomicOr(&words[own / 32], 1u << own % 32);
-      }
-    }
-  }
-}
 
 // What is added to scores: nothing where a key is seen, else a number so low that its
 // probability is zero. `hidden` has one bit per key of 32, the own columns' in front.
@@ -84,11 +30,6 @@ struct Bias {
                        __uint_as_float(ptx::top_sign_byte<kTile>(odd)));
   }
 };
-
-// Not so small that a bias times it is not negligible.
-__device__ __forceinline__ float masked_scale_log2(float scale) {
-  return fmaxf(fabsf(scale) * kLog2E, 0x1p-100f);
-}
 
 // Scores of 16 rows by 8 columns of `rows`, hidden ones pushed out of sight.
 template <typename T, int kTile>
@@ -117,13 +58,6 @@ __device__ __forceinline__ float square_sum(const Row<T>& row) {
     sum = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sum));
   }
   return quad_sum(sum);
-}
-
-// Sum over the lanes of a warp.
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
 }
 
 // One row of attention, one key at a time, an element of D per lane.
@@ -277,9 +211,6 @@ __device__ __forceinline__ float block_max(float x, float (&scratch)[kMaxWarps])
   for (int w = 0; w < blockDim.x / 32; ++w) x = fmaxf(x, scratch[w]);
   return x;
 }
-
-// Rows of shared memory for so many tokens: whole tiles of 16.
-MMDGT_HOST_DEVICE int padded_rows(int num_tokens) { return (num_tokens + 15) / 16 * 16; }
 
 // Attention to the keys of index (B,H,G,K) for queries of group (B,H,L). A warp serves
 // 32 queries. Shared memory: keys, values, masks.
@@ -463,291 +394,6 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
               first + 16, key_norm);
 }
 
-// The gradient of one query, one key at a time, an element of D per lane.
-template <typename T>
-__device__ __forceinline__ void grad_query_row(const Backward<T>& to, int token,
-                                               const uint32_t* seen, float2 statistic) {
-  const int lane = threadIdx.x % 32;
-  const bool inside = lane < to.sizes.dim;
-  const auto element = [&](const Rows<const T>& rows, int t) {
-    return inside ? to_float(rows.row(rows.head(), t)[lane]) : 0.f;
-  };
-  const float q = element(to.query, token), d_out = element(to.grad_out, token);
-  float sum = 0.f;
-  for (int t = 0; t < to.sizes.num_tokens; ++t) {
-    if (!(seen[t / 32] >> t % 32 & 1)) continue;
-    const float k = element(to.key, t);
-    const float score = warp_sum(q * k) * to.scale * kLog2E;
-    const float d_p = warp_sum(d_out * element(to.value, t));
-    sum += exp2f(score - statistic.x) * (d_p - statistic.y) * k;
-  }
-  if (inside) {
-    to.grad_query.row(to.grad_query.head(), token)[lane] = static_cast<T>(sum * to.scale);
-  }
-}
-
-// The gradients of one key and its value, one query at a time.
-template <typename T>
-__device__ __forceinline__ void grad_key_row(const Backward<T>& to, int token,
-                                             const uint32_t* seen,
-                                             const float2* statistic) {
-  const int lane = threadIdx.x % 32;
-  const bool inside = lane < to.sizes.dim;
-  const auto element = [&](const Rows<const T>& rows, int t) {
-    return inside ? to_float(rows.row(rows.head(), t)[lane]) : 0.f;
-  };
-  const float k = element(to.key, token), v = element(to.value, token);
-  float d_key = 0.f, d_value = 0.f;
-  for (int t = 0; t < to.sizes.num_tokens; ++t) {
-    if (!(seen[t * kMaskWords + token / 32] >> token % 32 & 1)) continue;
-    const float q = element(to.query, t), d_out = element(to.grad_out, t);
-    const float score = warp_sum(q * k) * to.scale * kLog2E;
-    const float p = exp2f(score - statistic[t].x);
-    d_value += p * d_out;
-    d_key += p * (warp_sum(d_out * v) - statistic[t].y) * q;
-  }
-  if (!inside) return;
-  to.grad_key.row(to.grad_key.head(), token)[lane] = static_cast<T>(d_key * to.scale);
-  to.grad_value.row(to.grad_value.head(), token)[lane] = static_cast<T>(d_value);
-}
-
-// Whether all of row r (half = 0) or r + 8 (half = 1) of 16xD results is finite; by a
-// whole warp, each quad gets its own answer.
-__device__ __forceinline__ bool row_is_finite(const float (&c)[kDim / 8][4], int half) {
-  float size = 0.f;
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n) {
-    size += fabsf(c[n][2 * half]) + fabsf(c[n][2 * half + 1]);
-  }
-  const uint32_t bad = __ballot_sync(~0u, !(size <= 3e38f));
-  return (bad >> (threadIdx.x & 28) & 15) == 0;
-}
-
-// First dQ, query by query, then dK and dV, key by key. Masks (B,H,G,kMaskWords)
-// are made from the index where there are none.
-template <typename T, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
-    masked_backward_kernel(Backward<T> to, const uint32_t* __restrict__ masks) {
-  __shared__ float2 statistic[kMaxTokens];  // logsumexp * log2(e), delta
-  char* shared = dynamic_shared();
-  const Sizes& sizes = to.sizes;
-  const int64_t bh = own_head();
-  const int padded = padded_rows(sizes.num_tokens);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int bytes = padded * Shared<T>::kRowBytes;
-  const Shared<T> keys(shared), values(shared + bytes);
-  const Shared<T> queries(shared + 2 * bytes), grads(shared + 3 * bytes);
-  auto* seen = reinterpret_cast<uint32_t*>(shared + 4 * bytes);  // [query][word]
-  uint32_t* of_group = seen + padded * kMaskWords;
-  copy_head(keys, to.key, sizes, padded);
-  copy_head(values, to.value, sizes, padded);
-  copy_head(queries, to.query, sizes, padded);
-  copy_head(grads, to.grad_out, sizes, padded);
-  ptx::commit_copies();
-  if (masks == nullptr) {
-    fill_masks(of_group, to.index + bh * sizes.num_groups * sizes.num_keys, sizes);
-  } else {
-    masks += bh * sizes.num_groups * kMaskWords;
-    for (int i = threadIdx.x; i < sizes.num_groups * kMaskWords; i += blockDim.x) {
-      of_group[i] = masks[i];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < padded * kMaskWords; i += blockDim.x) {
-    const int query = i / kMaskWords;
-    seen[i] = 0;
-    if (query < sizes.num_tokens) {
-      const int g =
-          min(max(to.group[bh * sizes.num_tokens + query], 0), sizes.num_groups - 1);
-      seen[i] = of_group[g * kMaskWords + i % kMaskWords];
-    }
-  }
-  ptx::wait_for_copies<0>();
-  __syncthreads();
-
-  const float scale_log2 = masked_scale_log2(to.scale);
-  for (int first = 16 * warp; first < sizes.num_tokens; first += blockDim.x / 2) {
-    Row<T> q[2], g[2];
-    float lse_log2[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + 8 * half + lane / 4;
-      q[half] = queries.load_row(token);
-      if (to.scale < 0.f) q[half].negate();
-      g[half] = grads.load_row(token);
-      Row<T> o;
-      o.clear();
-      lse_log2[half] = 0.f;
-      delta[half] = 0.f;
-      if (token < sizes.num_tokens) {
-        o.load(to.out.row(to.out.head(), token), sizes.dim);
-        lse_log2[half] = to.logsumexp[bh * sizes.num_tokens + token] * kLog2E;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 a = unpack<T>(g[half].x[0][i]), b = unpack<T>(o.x[0][i]);
-        delta[half] += a.x * b.x + a.y * b.y;
-      }
-      delta[half] = quad_sum(delta[half]);
-      if (lane % 4 == 0) statistic[token] = make_float2(lse_log2[half], delta[half]);
-    }
-    const uint32_t* own_seen = seen + (first + lane / 4) * kMaskWords;
-    float d_query[kDim / 8][4] = {};
-    for (int from = 0; from < padded; from += 32) {
-      const Bias bias[2] = {Bias(own_seen[from / 32]),
-                            Bias(own_seen[8 * kMaskWords + from / 32])};
-      float ds[4][4];
-      const auto add = [&](auto tile) {
-        constexpr int kTile = decltype(tile)::value;
-        score_tile<T, kTile>(ds[kTile], q, keys, from, bias);
-        float dp[4] = {};
-        const Row<T> v = values.load_row(from + 8 * kTile + lane / 4);
-#pragma unroll
-        for (int step = 0; step < kDim / 16; ++step) {
-          mma(dp, operand_a(g[0], g[1], step), v.operand_b(step));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float p =
-              ptx::exp2_approx(fmaf(ds[kTile][i], scale_log2, -lse_log2[i / 2]));
-          ds[kTile][i] = p * (dp[i] - delta[i / 2]);
-        }
-        if constexpr (kTile % 2 == 1) {
-          const FragmentA<T> a = as_operand<T>(ds[kTile - 1], ds[kTile]);
-#pragma unroll
-          for (int pair = 0; pair < kDim / 16; ++pair) {
-            FragmentB<T> k[2];
-            keys.load_columns(from + 8 * (kTile - 1), pair, k);
-            mma(d_query[2 * pair], a, k[0]);
-            mma(d_query[2 * pair + 1], a, k[1]);
-          }
-        }
-      };
-      add(std::integral_constant<int, 0>());
-      add(std::integral_constant<int, 1>());
-      if (from + 16 < padded) {
-        add(std::integral_constant<int, 2>());
-        add(std::integral_constant<int, 3>());
-      }
-    }
-    uint32_t again[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + 8 * half + lane / 4;
-      const bool exists = token < sizes.num_tokens;
-      const bool good = row_is_finite(d_query, half);
-      again[half] = __ballot_sync(~0u, exists && !good);
-      store_row<T, kDim>(
-          d_query, half, to.scale,
-          exists && good ? to.grad_query.row(to.grad_query.head(), token) : nullptr,
-          sizes.dim);
-    }
-    if ((again[0] | again[1]) == 0) continue;
-    __syncwarp();  // for the statistics
-    for (int row = 0; row < 16; ++row) {
-      if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 1) == 0) continue;
-      grad_query_row(to, first + row, seen + (first + row) * kMaskWords,
-                     statistic[first + row]);
-    }
-  }
-  __syncthreads();
-
-  for (int first = 16 * warp; first < sizes.num_tokens; first += blockDim.x / 2) {
-    Row<T> k[2], v[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      k[half] = keys.load_row(first + 8 * half + lane / 4);
-      if (to.scale < 0.f) k[half].negate();
-      v[half] = values.load_row(first + 8 * half + lane / 4);
-    }
-    float d_key[kDim / 8][4] = {}, d_value[kDim / 8][4] = {};
-    for (int from = 0; from < padded; from += 16) {
-      float p[2][4], ds[2][4] = {};  // P^T, dS^T
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int row = from + 8 * n;
-        float2 own[2];  // of columns 2 * (lane % 4) + {0, 1}
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int column = row + 2 * (lane % 4) + odd;
-          own[odd] = statistic[column];
-          const uint32_t bits = seen[column * kMaskWords + first / 32] >> first % 32;
-          const uint32_t hidden = ~bits << (7 - lane / 4);
-          p[n][odd] = __uint_as_float(ptx::top_sign_byte<0>(hidden));
-          p[n][2 + odd] = __uint_as_float(ptx::top_sign_byte<1>(hidden));
-        }
-        const Row<T> q = queries.load_row(row + lane / 4);
-        const Row<T> g = grads.load_row(row + lane / 4);
-#pragma unroll
-        for (int step = 0; step < kDim / 16; ++step) {
-          mma(p[n], operand_a(k[0], k[1], step), q.operand_b(step));
-          mma(ds[n], operand_a(v[0], v[1], step), g.operand_b(step));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[n][i] = ptx::exp2_approx(fmaf(p[n][i], scale_log2, -own[i % 2].x));
-          ds[n][i] = p[n][i] * (ds[n][i] - own[i % 2].y);
-        }
-      }
-      const FragmentA<T> p_a = as_operand<T>(p[0], p[1]);
-      const FragmentA<T> ds_a = as_operand<T>(ds[0], ds[1]);
-#pragma unroll
-      for (int pair = 0; pair < kDim / 16; ++pair) {
-        FragmentB<T> g[2], q[2];
-        grads.load_columns(from, pair, g);
-        queries.load_columns(from, pair, q);
-        mma(d_value[2 * pair], p_a, g[0]);
-        mma(d_value[2 * pair + 1], p_a, g[1]);
-        mma(d_key[2 * pair], ds_a, q[0]);
-        mma(d_key[2 * pair + 1], ds_a, q[1]);
-      }
-    }
-    uint32_t again[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + 8 * half + lane / 4;
-      const bool exists = token < sizes.num_tokens;
-      const bool good_key = row_is_finite(d_key, half);  // by the whole warp, both
-      const bool good = row_is_finite(d_value, half) && good_key;
-      again[half] = __ballot_sync(~0u, exists && !good);
-      const bool write = exists && good;
-      store_row<T, kDim>(d_key, half, to.scale,
-                         write ? to.grad_key.row(to.grad_key.head(), token) : nullptr,
-                         sizes.dim);
-      store_row<T, kDim>(d_value, half, 1.f,
-                         write ? to.grad_value.row(to.grad_value.head(), token) : nullptr,
-                         sizes.dim);
-    }
-    for (int row = 0; row < 16; ++row) {
-      if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 1) == 0) continue;
-      grad_key_row(to, first + row, seen, statistic);
-    }
-  }
-}
-
-// Calls run(Type<T>, integral_constant<int, kWarps>): of at most so many warps.
-template <typename Run>
-void dispatch_few(const at::Tensor& tokens, int warps, Run&& run) {
-  const auto with_warps = [&](auto type) {
-    if (warps < kMaxWarps) return run(type, std::integral_constant<int, kMaxWarps - 1>());
-    run(type, std::integral_constant<int, kMaxWarps>());
-  };
-  if (tokens.scalar_type() == at::kHalf) return with_warps(Type<__half>());
-  with_warps(Type<bfloat16>());
-}
-
-// Warps of a block, of 32 tokens each.
-int warps_for(const Sizes& sizes) {
-  return static_cast<int>(ceil_div(sizes.num_tokens, 32));
-}
-
-// Bytes of shared memory: so many operands of all rows, masks of the groups and, in
-// the backward pass, of the queries.
-size_t masked_bytes(const Sizes& sizes, int operands, int masked_rows) {
-  return operands * padded_rows(sizes.num_tokens) * kDim * 2 +
-         (masked_rows + sizes.num_groups) * kMaskWords * 4;
-}
-
 template <typename T>
 Forward<T> forward_of(const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& value, const int* group, const int* index,
@@ -779,7 +425,9 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
   dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
     launch(masked_kernel<T, decltype(warps)::value>, grid_of_heads(1, query),
-           32 * warps_for(sizes), masked_bytes(sizes, 2, 0),
+           32 * warps_for(sizes),
+           2 * padded_rows(sizes.num_tokens) * Shared<T>::kRowBytes +
+               sizes.num_groups * kMaskWords * sizeof(uint32_t),
            forward_of<T>(query, key, value, group.const_data_ptr<int>(),
                          index.const_data_ptr<int>(), sizes, scale, out, logsumexp));
   });
@@ -798,29 +446,6 @@ void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
         forward_of<T>(query, key, value, nullptr, nullptr, sizes, scale, out, logsumexp),
         Choice{centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(),
                reinterpret_cast<uint32_t*>(masks.mutable_data_ptr<int>())});
-  });
-}
-
-void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
-                               const at::Tensor& key, const at::Tensor& value,
-                               const at::Tensor& group, const at::Tensor& choice,
-                               const at::Tensor& out, const at::Tensor& logsumexp,
-                               double scale, bool from_masks, at::Tensor& grad_query,
-                               at::Tensor& grad_key, at::Tensor& grad_value) {
-  const Sizes sizes(query, choice.size(2), choice.size(3));
-  const int* chosen = choice.const_data_ptr<int>();
-  dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
-    using T = typename decltype(type)::type;
-    const Backward<T> to{Rows<const T>(grad_out),     Rows<const T>(query),
-                         Rows<const T>(key),          Rows<const T>(value),
-                         group.const_data_ptr<int>(), from_masks ? nullptr : chosen,
-                         Rows<const T>(out),          logsumexp.const_data_ptr<float>(),
-                         Rows<T>(grad_query),         Rows<T>(grad_key),
-                         Rows<T>(grad_value),         sizes,
-                         static_cast<float>(scale)};
-    launch(masked_backward_kernel<T, decltype(warps)::value>, grid_of_heads(1, query),
-           32 * warps_for(sizes), masked_bytes(sizes, 4, padded_rows(sizes.num_tokens)),
-           to, from_masks ? reinterpret_cast<const uint32_t*>(chosen) : nullptr);
   });
 }
 

@@ -95,6 +95,14 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};\n" ::"r"(address), "f"(x.x), "f"(x.y)
+               : "memory");
+}
+
 // Four 8x8 matrices of 16-bit numbers: lane 8 * i + j names row j of matrix i. A
 // thread gets elements [2 * (lane % 4)..][lane / 4] of matrix i in the i-th word.
 __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t address) {

@@ -40,6 +40,13 @@ struct Rows {
         head_stride(tokens.stride(1)),
         token_stride(static_cast<int>(tokens.stride(2))) {}
 
+  // The same from an image on.
+  Rows from_image(int64_t image) const {
+    Rows rows = *this;
+    rows.data += image * batch_stride;
+    return rows;
+  }
+
   __device__ __forceinline__ T* head(int b, int h) const {
     return data + b * batch_stride + h * head_stride;
   }
@@ -134,7 +141,7 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
 }
 
 // Rows in shared memory, their 16 byte chunks permuted such that neither reading
-// rows nor reading columns meets bank conflicts (D = 32).
+// rows nor reading columns meets bank conflicts (D = 16 and 32).
 template <typename T, int D>
 struct SharedRows {
   static constexpr int kRowBytes = D * sizeof(T);
@@ -145,9 +152,10 @@ struct SharedRows {
 
   __device__ __forceinline__ explicit SharedRows(const void* memory)
       : base(ptx::shared_address(memory)) {}
+  __device__ __forceinline__ explicit SharedRows(uint32_t base) : base(base) {}
 
   __device__ __forceinline__ uint32_t address(int row, int chunk) const {
-    const int twist = kChunks == 4 ? (row >> 1) & 3 : row & 7;
+    const int twist = kChunks == 2 ? row >> 2 & 1 : kChunks == 4 ? row >> 1 & 3 : row & 7;
     return base + row * kRowBytes + ((chunk ^ twist) << 4);
   }
 
@@ -195,6 +203,48 @@ struct SharedRows {
     }
   }
 
+  // A operands of the 16 rows from `row` on, of 32 elements.
+  __device__ __forceinline__ void load_operands(int row, int block,
+                                                FragmentA<T> (&a)[2]) const {
+    const int own = row + threadIdx.x % 32 / 4;
+    const RowFragment<T, 32> low = load_block(own, block),
+                             high = load_block(own + 8, block);
+    a[0] = operand_a(low, high, 0);
+    a[1] = operand_a(low, high, 1);
+  }
+
+  // For rows of 16: the A operand that the 16 rows from `row` on are columns of.
+  __device__ __forceinline__ FragmentA<T> load_transposed(int row) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+      const uint4 words = ptx::load_matrices_transposed(
+          address(row + lane % 8 + 8 * (lane / 16), lane / 8 % 2));
+      return {{words.x, words.y, words.z, words.w}};
+    } else {
+      FragmentB<T> b[2];
+      load_columns(row, 0, b);
+      return {{b[0].x[0], b[1].x[0], b[0].x[1], b[1].x[1]}};
+    }
+  }
+
+  // Elements `column`, which is even, and column + 1 of a row.
+  __device__ __forceinline__ void store_pair(int row, int column, Pair<T> pair) const {
+    ptx::store_shared(address(row, column / kChunkElements) +
+                          column % kChunkElements * static_cast<int>(sizeof(T)),
+                      pair);
+  }
+
+  // For rows of 16: writes an A operand from `row` on, but no row from `end` on.
+  __device__ __forceinline__ void store_operand(int row, int end,
+                                                const FragmentA<T>& a) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = row + 8 * (i % 2) + lane / 4;
+      if (own < end) store_pair(own, 8 * (i / 2) + 2 * (lane % 4), a.x[i]);
+    }
+  }
+
  private:
   __device__ __forceinline__ void load_block(int row, int block, Pair<T> (&x)[4]) const {
     constexpr int kVectors = sizeof(Pair<T>) / 4;
@@ -231,8 +281,16 @@ struct RowGather {
     }
   }
 
+  // Calls visit(row, token) for the rows of which this thread copies a chunk.
+  template <typename Visit>
+  __device__ __forceinline__ void each_row(Visit&& visit) const {
+    static_assert(kRows % kStep == 0, "not all threads would visit as many rows");
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) visit(threadIdx.x / kChunks + i * kStep, token[i]);
+  }
+
   // Rows without a token become zero.
-  __device__ __forceinline__ void copy(const void* shared, const T* head,
+  __device__ __forceinline__ void copy(const Shared& shared, const T* head,
                                        int token_stride, int dim) const {
     const int chunk = threadIdx.x % kChunks;
     const int first = threadIdx.x / kChunks;
@@ -245,9 +303,8 @@ struct RowGather {
       const uint32_t at = min(max(token[i], 0), last);
       // Rows a multiple of 8 apart share their permutation.
       const uint32_t target =
-          kStep % 8 == 0
-              ? Shared(shared).address(first, chunk) + i * kStep * Shared::kRowBytes
-              : Shared(shared).address(first + i * kStep, chunk);
+          kStep % 8 == 0 ? shared.address(first, chunk) + i * kStep * Shared::kRowBytes
+                         : shared.address(first + i * kStep, chunk);
       ptx::copy_16_bytes_async(target, source + static_cast<uint64_t>(at) * stride,
                                inside && token[i] >= 0);
     }

@@ -55,18 +55,13 @@ __device__ __forceinline__ int exclusive_sum(int value, int (&scratch)[kWarps]) 
   return sum - value;
 }
 
-struct TileTable {
-  int4* tiles;  // (B,H,count)
-  int size, count;
-};
-
 // Places the tokens of a chunk: after the smaller groups, after the group's
 // tokens in earlier chunks, in earlier warps' parts of the chunk, in its own part.
-// The blocks of a head share the work on its tables of tiles.
+// The blocks of a head share the work on its table of tiles.
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const int* __restrict__ group, const int* __restrict__ sizes,
                  int* __restrict__ order, int* __restrict__ offsets,
-                 TileTable first_table, TileTable second_table, int num_tokens,
+                 int4* __restrict__ tiles, int tile_size, int num_tiles, int num_tokens,
                  int num_groups, int chunk) {
   auto* next = reinterpret_cast<int*>(dynamic_shared());  // [warp][G]
   __shared__ int scratch[kWarps], starts[kThreads + 1], first_tile[kThreads + 1];
@@ -136,30 +131,25 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  for (const TileTable& table : {first_table, second_table}) {
-    if (table.count == 0) continue;
-    const int own_tiles = (total + table.size - 1) / table.size;
-    __syncthreads();
-    const int tiles_before = exclusive_sum(own_tiles, scratch);
-    if (threadIdx.x < num_groups) first_tile[threadIdx.x] = tiles_before;
-    if (threadIdx.x == num_groups - 1) {
-      first_tile[num_groups] = tiles_before + own_tiles;
-    }
-    __syncthreads();
-    for (int t = blockIdx.x * kThreads + threadIdx.x; t < table.count;
-         t += gridDim.x * kThreads) {
-      int4 tile = make_int4(0, 0, 0, 0);
-      if (t < first_tile[num_groups]) {
-        int g = 0;  // the last group that begins at or before the tile
-        for (int step = 128; step > 0; step /= 2) {
-          if (g + step < num_groups && first_tile[g + step] <= t) g += step;
-        }
-        tile.x = g;
-        tile.y = starts[g] + (t - first_tile[g]) * table.size;
-        tile.z = min(tile.y + table.size, starts[g + 1]);
+  const int own_tiles = (total + tile_size - 1) / tile_size;
+  __syncthreads();
+  const int tiles_before = exclusive_sum(own_tiles, scratch);
+  if (threadIdx.x < num_groups) first_tile[threadIdx.x] = tiles_before;
+  if (threadIdx.x == num_groups - 1) first_tile[num_groups] = tiles_before + own_tiles;
+  __syncthreads();
+  for (int t = blockIdx.x * kThreads + threadIdx.x; t < num_tiles;
+       t += gridDim.x * kThreads) {
+    int4 tile = make_int4(0, 0, 0, 0);
+    if (t < first_tile[num_groups]) {
+      int g = 0;  // the last group that begins at or before the tile
+      for (int step = 128; step > 0; step /= 2) {
+        if (g + step < num_groups && first_tile[g + step] <= t) g += step;
       }
-      table.tiles[own_head() * table.count + t] = tile;
+      tile.x = g;
+      tile.y = starts[g] + (t - first_tile[g]) * tile_size;
+      tile.z = min(tile.y + tile_size, starts[g + 1]);
     }
+    tiles[own_head() * num_tiles + t] = tile;
   }
 }
 
@@ -232,20 +222,13 @@ SortedChoices sort_choices(const at::Tensor& index, int64_t num_tokens) {
   return sorted;
 }
 
-SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
-                           int64_t part_size) {
+SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
+                           int64_t tile_size) {
   const int64_t B = group.size(0), H = group.size(1), L = group.size(2);
-  const auto make_tiles = [&](int64_t size) {
-    const int64_t count = size > 0 ? max_tiles(L, num_groups, size) : 0;
-    return at::empty({B, H, count, 4}, group.options());
-  };
+  const int64_t num_tiles = max_tiles(L, num_groups, tile_size);
   SortedQueries sorted{at::empty_like(group),
                        at::empty({B, H, num_groups + 1}, group.options()),
-                       make_tiles(tile_size), make_tiles(part_size)};
-  const auto table = [](const at::Tensor& tiles, int64_t size) {
-    return TileTable{static_cast<int4*>(tiles.data_ptr()), static_cast<int>(size),
-                     static_cast<int>(tiles.size(2))};
-  };
+                       at::empty({B, H, num_tiles, 4}, group.options())};
   // Every block reads the counts of all chunks of its head, so there are not too
   // many of them.
   const int64_t chunk = 1024 * ceil_div(L, 1024 * 1024);
@@ -258,8 +241,9 @@ SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t 
   launch(place_kernel, grid, kThreads, kWarps * num_groups * sizeof(int),
          group.const_data_ptr<int>(), sizes.const_data_ptr<int>(),
          sorted.order.mutable_data_ptr<int>(), sorted.offsets.mutable_data_ptr<int>(),
-         table(sorted.tiles, tile_size), table(sorted.parts, part_size),
-         static_cast<int>(L), static_cast<int>(num_groups), static_cast<int>(chunk));
+         static_cast<int4*>(sorted.tiles.data_ptr()), static_cast<int>(tile_size),
+         static_cast<int>(num_tiles), static_cast<int>(L), static_cast<int>(num_groups),
+         static_cast<int>(chunk));
   return sorted;
 }
 

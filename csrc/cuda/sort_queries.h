@@ -11,7 +11,7 @@ struct SortedQueries {
   at::Tensor offsets;  // (B,H,G+1) int32: where each group begins in it
   // (B,H,max_tiles,4) int32: the groups cut into tiles of a size, one after the
   // other, each as group, begin, end, 0; begin = end where there is no tile.
-  at::Tensor tiles, parts;
+  at::Tensor tiles;
 };
 
 // An upper bound of the tiles of a head, known without looking at the groups.
@@ -19,9 +19,9 @@ inline int64_t max_tiles(int64_t num_tokens, int64_t num_groups, int64_t size) {
   return num_tokens / size + num_groups;
 }
 
-// group (B,H,L) int32. Tiles of tile_size queries, parts of part_size (0 for none).
-SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups, int64_t tile_size,
-                           int64_t part_size = 0);
+// group (B,H,L) int32. Tiles of tile_size queries.
+SortedQueries sort_queries(const at::Tensor& group, int64_t num_groups,
+                           int64_t tile_size);
 
 // The choices of index (B,H,G,K) int32 by token, then by group.
 struct SortedChoices {

@@ -46,6 +46,11 @@ inline uint4 load_shared_16_bytes(uint32_t address) {
   return *reinterpret_cast<const uint4*>(shared_memory(address, 16));
 }
 
+template <typename T>
+void store_shared(uint32_t address, T x) {
+  *reinterpret_cast<T*>(shared_memory(address, sizeof(T))) = x;
+}
+
 uint4 load_matrices_transposed(uint32_t address);
 
 inline void copy_async(uint32_t shared, const void* source, int bytes, bool valid) {

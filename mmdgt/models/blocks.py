@@ -133,7 +133,7 @@ class Block(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
     ) -> None:
-        refuse_old_weights(key.removeprefix(prefix) for key in state_dict)
+        refuse_old_weights(state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -18,8 +18,7 @@ from .pretrained import strict_init
 class DGT(models.DGT, BaseModule):
     """The backbone in the registries of mmpretrain, mmdet and mmsegmentation.
 
-    Takes what :class:`mmdgt.DGT` takes, all but ``arch`` by name, and returns what it
-    returns, but for:
+    Takes what :class:`mmdgt.DGT` takes and returns what it returns, but for:
 
     Args:
         norm_cfg (dict): Normalisation over feature maps, in stem and IRFFN, in place
@@ -34,20 +33,19 @@ class DGT(models.DGT, BaseModule):
 
     def __init__(
         self,
-        arch: str | dict = 'tiny',
-        *,
+        *args: Any,
         norm_cfg: dict = dict(type='BN'),
         token_mixer: str | type | dict = 'group',
         init_cfg: dict | list[dict] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            arch,
+        settings: dict[str, Any] = dict(
             norm_layer=partial(_build_norm, norm_cfg),
             drop_path_layer=DropPath,
             token_mixer=_find_class(token_mixer),
             **kwargs,
         )
+        super().__init__(*args, **settings)
         self.init_cfg = strict_init(init_cfg)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

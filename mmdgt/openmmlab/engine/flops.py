@@ -21,14 +21,16 @@ def register_flop_counters() -> None:
     mmengine counts one multiply-add as one, torch as two.
     """
     counted = complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS
-    for name in ('assign_queries', 'select_keys', 'group_attention'):
+    forward = ('assign_queries', 'select_keys', 'group_attention', 'choose_and_attend')
+    for name in forward:
         counted.setdefault(f'{NAMESPACE}::{name}', _multiply_adds(FLOP_FORMULAS[name]))
     counted.setdefault('aten::scaled_dot_product_attention', _count_dense_attention)
 
 
 def _multiply_adds(formula: Any) -> Any:
     def handle(inputs: list, outputs: list) -> int:
-        return formula(*map(get_shape, inputs)) // 2
+        # A tensor by its shape, a number such as K as it is.
+        return formula(*(get_shape(x) or x.toIValue() for x in inputs)) // 2
 
     return handle
 
