@@ -271,3 +271,21 @@ def test_the_ablations():
         f'the means lie within {max(means) - min(means):.1f} points, the spreads over'
         f' three seeds between {min(spreads):.1f} and {max(spreads):.1f}.'
     ) in page
+
+
+def test_real_pictures():
+    rows = load(REPOSITORY / 'docs/comparisons/camvid_half.json')['results']
+    page = ' '.join((REPOSITORY / 'docs/real_pictures.md').read_text().split())
+    scores = ', '.join(f'{r["title"]} {r["mean"]} ± {r["spread"]}' for r in rows)
+    assert scores in page
+    means = {row['title']: row['mean'] for row in rows}
+    assert min(means, key=means.get) == 'DGT-T'
+    width = max(means.values()) - min(means.values())
+    spread = max(row['spread'] for row in rows)
+    assert f"within {width:.2f} points, DGT-T's the lowest;" in page
+    assert f'spread by up to {spread} over three seeds' in page
+    for what in ('seconds', 'cpu_seconds'):
+        times = {row['title']: row[what] for row in rows}
+        assert max(times, key=times.get) == 'DGT-T'
+    peaks = {row['title']: row['peak_bytes'] for row in rows}
+    assert min(peaks, key=peaks.get) == 'DGT-T'
