@@ -289,3 +289,9 @@ def test_real_pictures():
         assert max(times, key=times.get) == 'DGT-T'
     peaks = {row['title']: row['peak_bytes'] for row in rows}
     assert min(peaks, key=peaks.get) == 'DGT-T'
+    keys = load(REPOSITORY / 'docs/comparisons/camvid_half_keys.json')['results']
+    score = {row['K']: row['score'] for row in keys}
+    low, high = score[16], score[256]
+    assert (low, high) == (min(score.values()), max(score.values()))
+    assert f'the mIoU goes from {low} with 16 keys to {high} with 256' in page
+    assert score[32] == rows[0]['runs'][0]['score']
