@@ -86,6 +86,14 @@ def test_loops_by_depth(instructions):
     assert cuda_cost.heaviest_loop({'loops': [outer, inner]}) is inner
 
 
+def test_a_rare_path_hides_no_loop_of_products():
+    products = {'depth': 1, 'innermost': False, 'instructions': 9, 'mma': 2}
+    rare = {'depth': 2, 'innermost': True, 'instructions': 5}
+    other = {'depth': 1, 'innermost': True, 'instructions': 40}
+    row = {'loops': [products, rare, other]}
+    assert cuda_cost.heaviest_loop(row) is products
+
+
 def test_resources_of_a_kernel():
     log = """ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90'
 ptxas info    : Function properties for _Z6kernelv

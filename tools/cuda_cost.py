@@ -14,6 +14,7 @@ import dataclasses
 import glob
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -434,10 +435,23 @@ def measure_revision(
 
 
 def heaviest_loop(row: dict) -> dict:
-    """Of the innermost loops the one with most products, the largest of such."""
-    inner = [loop for loop in row['loops'] if loop['innermost']]
+    """Of the innermost loops the one with most products, the largest of such.
+
+    A loop whose inner loops hold no product counts as innermost too: those are rare
+    paths, such as a row that is not finite.
+    """
+    loops = row['loops']  # every loop stands ahead of those within it
+
+    def counts(i: int) -> bool:
+        if loops[i]['innermost'] or 'mma' not in loops[i]:
+            return loops[i]['innermost']
+        within = itertools.takewhile(
+            lambda loop: loop['depth'] > loops[i]['depth'], loops[i + 1 :]
+        )
+        return not any('mma' in loop for loop in within)
+
     return max(
-        inner,
+        (loop for i, loop in enumerate(loops) if counts(i)),
         key=lambda loop: (loop.get('mma', 0), loop['instructions']),
         default={},
     )
@@ -477,8 +491,9 @@ def markdown(kernels: list[dict], about: dict) -> str:
         f'for {GROUPS} groups and {TOKENS} tokens, a launch adds; the warps that a',
         'multiprocessor holds follow from both. An exposed load is one from global',
         f'memory that is waited for within {AT_ONCE} instructions. The loop is the',
-        'innermost one with most matrix products; its instructions are given by pipe,',
-        'its bytes are those of a warp in one pass. Nothing here is a time.',
+        'innermost one with most matrix products; its instructions, with those of rare',
+        'paths within it, are given by pipe, its bytes are those of a warp in a pass.',
+        'Nothing here is a time.',
         '',
         '| ' + ' | '.join(COLUMNS) + ' |',
         '| ' + ' | '.join(['---'] * 2 + ['--:'] * (len(COLUMNS) - 2)) + ' |',
@@ -535,7 +550,7 @@ def main() -> None:
         [find_program('nvcc'), '--version'], capture_output=True, text=True
     )
     about = {
-        'nvcc': re.search(r'V(\S+)', version.stdout)[1],
+        'nvcc': re.search(r', V(\S+)', version.stdout)[1],
         'commit': git('rev-parse', 'HEAD'),
         'clean': not git('status', '--porcelain', 'csrc', 'tools/cuda_cost.py'),
     }
