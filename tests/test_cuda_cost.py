@@ -52,6 +52,11 @@ def test_every_instruction_is_read(instructions):
     assert [i.awaits for i in instructions] == [line[3] for line in LINES]
 
 
+def test_notes_of_the_assembler_are_left_out(instructions):
+    noted = disassembly().replace(' ;', '  &req={0}  ?trans5;')
+    assert cuda_cost.parse_sass('\n' + noted)['_Z6kernelv'] == instructions
+
+
 def test_instructions_by_pipe_and_bytes(instructions):
     pipes = [i.pipe for i in instructions[:9]]
     assert pipes == [

@@ -182,7 +182,9 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
     for part in re.split(r'\n\s*Function : ', text)[1:]:
         name, body = part.split('\n', 1)
         lines = re.findall(
-            r'/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/\s+'
+            # Behind & and ? sm_120 has notes of the assembler's.
+            r'/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*(?:[&?][^;]*)?;'
+            r'\s+/\* 0x[0-9a-f]+ \*/\s+'
             r'/\* 0x([0-9a-f]+) \*/',
             body,
         )
