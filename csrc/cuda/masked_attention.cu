@@ -80,7 +80,7 @@ __device__ __forceinline__ void attend_row(const Forward<T>& to, int token,
     sum = sum * factor + p;
     o = o * factor + p * element(to.value, t);
   }
-  if (inside) to.out.row(to.out.head(), token)[lane] = static_cast<T>(o / sum);
+  if (inside) to.out.row(to.out.head(), token)[lane] = from_float<T>(o / sum);
   if (lane == 0) {
     to.logsumexp[own_head() * to.sizes.num_tokens + token] = highest + logf(sum);
   }

@@ -58,7 +58,7 @@ __device__ __forceinline__ void grad_query_row(const Backward<T>& to, int token,
     sum += exp2f(score - statistic.x) * (d_p - statistic.y) * k;
   }
   if (inside) {
-    to.grad_query.row(to.grad_query.head(), token)[lane] = static_cast<T>(sum * to.scale);
+    to.grad_query.row(to.grad_query.head(), token)[lane] = from_float<T>(sum * to.scale);
   }
 }
 
@@ -83,8 +83,8 @@ __device__ __forceinline__ void grad_key_row(const Backward<T>& to, int token,
     d_key += p * (warp_sum(d_out * v) - statistic[t].y) * q;
   }
   if (!inside) return;
-  to.grad_key.row(to.grad_key.head(), token)[lane] = static_cast<T>(d_key * to.scale);
-  to.grad_value.row(to.grad_value.head(), token)[lane] = static_cast<T>(d_value);
+  to.grad_key.row(to.grad_key.head(), token)[lane] = from_float<T>(d_key * to.scale);
+  to.grad_value.row(to.grad_value.head(), token)[lane] = from_float<T>(d_value);
 }
 
 // Whether all of row r (half = 0) or r + 8 (half = 1) of 16xD results is finite; by a

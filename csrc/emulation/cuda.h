@@ -60,6 +60,8 @@ struct alignas(4) __nv_bfloat162 {
 };
 inline float __half2float(__half x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
+inline __half __float2half_rn(float x) { return x; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }
