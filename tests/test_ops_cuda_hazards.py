@@ -80,7 +80,10 @@ def test_a_query_changes_nothing_for_keys_that_it_does_not_see(L, what):
 @pytest.mark.parametrize('sign', [1, -1])
 def test_infinities_keep_their_order(dtype, L, sort, sign):
     G, K = 20, 30
-    x, centroids = integers(1, 2, L, 32, dtype=dtype), integers(2, G, 32, seed=1) + 0.5
+    x = integers(1, 2, L, 32, dtype=dtype)
+    # Not zero, and in half precision a sum of two numbers of either sign.
+    small = (2 * integers(2, G, 32, seed=2) + 1) / 2**12
+    centroids = integers(2, G, 32, seed=1) + small
     x[0, 0, [7, 130, L - 1], 3] = sign * torch.inf
     scores = centroids.double() @ x.double().mT
     assert not scores.isnan().any() and scores.isposinf().any()

@@ -74,7 +74,8 @@ def backward_shared(row_bytes: int, size: int) -> int:
     keys = 16 * warps * (2 if row_bytes == 64 else 1)
     queries = 64 if row_bytes == 64 else 32 if row_bytes == 128 or size == 2 else 16
     rows = 5 * queries + keys * (1 if row_bytes <= 128 else 2)
-    return rows * row_bytes + keys * queries * size + 12 * queries
+    scores = max(keys * queries * size, keys * row_bytes if row_bytes <= 128 else 0)
+    return rows * row_bytes + scores + 12 * queries
 
 
 def launched_shared(kernel: str) -> int:

@@ -43,12 +43,11 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
   for (int first = begin + warp * 8 * N; first < end; first += kWarps * 8 * N) {
     NearestGroups<N> nearest;
     bool infinite = false;
-    const auto token_at = [&](int i) { return first + i < end ? first + i : -1; };
     for (int tile = 0; tile < tiles; ++tile) {
       float score[N][4];
       score_tokens<T, D, N>(operands, tile, tokens, score);
       if (tile == 0) infinite = has_infinity(score);
-      if (infinite) repair_scores(score, query, centroids, 16 * tile, sizes, token_at);
+      if (infinite) repair_scores(operands, tile, tokens, score);
       nearest.add(score, tile);
     }
     load(first + kWarps * 8 * N);  // arrives during the reductions

@@ -62,65 +62,156 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Softmax attention of 16 queries of a warp over keys that come piece by piece.
-template <typename T, int D>
-struct OnlineSoftmax {
-  float o[D / 8][4] = {};
-  float highest[2] = {-INFINITY, -INFINITY};  // of rows r and r + 8
-  float sum[2] = {0.f, 0.f};                  // of this lane's columns alone
+// Calls redo(row) for those of 16 rows of which a lane of the quad r has to see rows r
+// (again[0]) or r + 8 (again[1]) done again.
+template <typename Redo>
+__device__ __forceinline__ void each_row_again(const uint32_t (&again)[2], Redo&& redo) {
+  if ((again[0] | again[1]) == 0) return;
+  for (int row = 0; row < 16; ++row) {
+    if ((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 15) redo(row);
+  }
+}
 
-  // Adds the keys in rows [row, row + kKeys) of `values` by their scores s, -inf
-  // where a query does not see the key. Scores are multiplied by scale_log2 > 0.
-  template <int kKeys>
-  __device__ __forceinline__ void add(float (&s)[kKeys / 8][4], float scale_log2,
+// Sum over the lanes of a warp.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// One row of attention, one key at a time: the tokens key_at(0..count), none where that
+// is negative. Every lane has each 32nd element of D.
+template <typename T, int D, typename KeyAt>
+__device__ __forceinline__ void attend_row(const Forward<T>& to, int token, int count,
+                                           KeyAt&& key_at) {
+  const int lane = threadIdx.x % 32;
+  const auto element = [&](const Rows<const T>& rows, int t, int column) {
+    return column < to.sizes.dim ? to_float(rows.row(rows.head(), t)[column]) : 0.f;
+  };
+  float q[D / 32], o[D / 32] = {};
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) q[i] = element(to.query, token, 32 * i + lane);
+  float highest = -INFINITY, sum = 0.f;
+  for (int k = 0; k < count; ++k) {
+    const int t = key_at(k);
+    if (t < 0) continue;
+    float product = 0.f;
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      product = fmaf(q[i], element(to.key, t, 32 * i + lane), product);
+    }
+    const float score = warp_sum(product) * to.scale;
+    const float high = fmaxf(highest, score), base = high == -INFINITY ? 0.f : high;
+    const float factor = expf(highest - base), p = expf(score - base);
+    highest = high;
+    sum = sum * factor + p;
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      o[i] = o[i] * factor + p * element(to.value, t, 32 * i + lane);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) {
+    const int column = 32 * i + lane;
+    if (column < to.sizes.dim) {
+      to.out.row(to.out.head(), token)[column] = from_float<T>(o[i] / sum);
+    }
+  }
+  if (lane == 0) {
+    to.logsumexp[own_head() * to.sizes.num_tokens + token] = highest + logf(sum);
+  }
+}
+
+// Softmax attention of 16 queries of a warp over keys that come 16 at a time.
+// Probabilities are 2^(score * scale_log2 - shift); rows whose sum leaves the range of
+// numbers after all, or that are not finite, are noticed in the end and done again.
+template <typename T, int D>
+struct SoftmaxRows {
+  float shift[2];  // of rows r and r + 8
+  float o[D / 8][4] = {};
+  // The output is divided by the sum of the probabilities as they were rounded, so that
+  // a key that stands alone comes out as it is. The logsumexp has them before that.
+  float rounded[4] = {};
+  float sum[2] = {};  // of this lane's columns alone
+
+  // Adds the keys in rows [row, row + 16) of `values` by their scores.
+  __device__ __forceinline__ void add(float (&s)[2][4], float scale_log2,
                                       const SharedRows<T, D>& values, int row) {
-    float lowered[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float high = highest[half];
+    for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      }
-      high = quad_max(high);
-      lowered[half] = high == -INFINITY ? 0.f : high * scale_log2;
-      const float factor = ptx::exp2_approx(highest[half] * scale_log2 - lowered[half]);
-      highest[half] = high;
-      sum[half] *= factor;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        o[n][2 * half] *= factor;
-        o[n][2 * half + 1] *= factor;
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = ptx::exp2_approx(fmaf(s[n][i], scale_log2, -shift[i / 2]));
+        sum[i / 2] += s[n][i];
       }
     }
+    const FragmentA<T> p = as_operand<T>(s[0], s[1]);
+    mma(rounded, p, FragmentB<T>{{pack<T>(1.f, 1.f), pack<T>(1.f, 1.f)}});
 #pragma unroll
-    for (int t = 0; t < kKeys / 16; ++t) {
+    for (int pair = 0; pair < D / 16; ++pair) {
+      FragmentB<T> v[2];
+      values.load_columns(row, pair, v);
+      mma(o[2 * pair], p, v[0]);
+      mma(o[2 * pair + 1], p, v[1]);
+    }
+  }
+
+  // Raises the shifts to the largest of the scores, as float16 needs it: the others have
+  // the range for what the first 16 keys tell.
+  __device__ __forceinline__ void raise(const float (&s)[2][4], float scale_log2,
+                                        bool first) {
+    float high[2];
 #pragma unroll
-      for (int n = 2 * t; n < 2 * t + 2; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      high[half] = quad_max(fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]),
+                                  fmaxf(s[1][2 * half], s[1][2 * half + 1])));
+      high[half] *= scale_log2;
+    }
+    if (first) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n][i] = ptx::exp2_approx(s[n][i] * scale_log2 - lowered[i / 2]);
-          sum[i / 2] += s[n][i];
-        }
+      for (int half = 0; half < 2; ++half) {
+        shift[half] = high[half] == -INFINITY ? 0.f : high[half];
       }
-      const FragmentA<T> p = as_operand<T>(s[2 * t], s[2 * t + 1]);
+    } else if (__ballot_sync(~0u, high[0] > shift[0] || high[1] > shift[1]) != 0) {
 #pragma unroll
-      for (int pair = 0; pair < D / 16; ++pair) {
-        FragmentB<T> v[2];
-        values.load_columns(row + 16 * t, pair, v);
-        mma(o[2 * pair], p, v[0]);
-        mma(o[2 * pair + 1], p, v[1]);
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(shift[half], high[half]);
+        const float factor = ptx::exp2_approx(shift[half] - raised);
+        shift[half] = raised;
+        sum[half] *= factor;
+        rounded[2 * half] *= factor;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          o[n][2 * half] *= factor;
+          o[n][2 * half + 1] *= factor;
+        }
       }
     }
   }
 
-  // Writes row r (half = 0) or r + 8 (half = 1); no row, no writing.
-  __device__ __forceinline__ void store(int half, float scale_log2, int dim, T* row,
-                                        float* logsumexp) const {
-    const float total = quad_sum(sum[half]);
-    store_row<T, D>(o, half, __frcp_rn(total), row, dim);
-    if (row != nullptr && threadIdx.x % 4 == 0) {
-      *logsumexp = kLn2 * (highest[half] * scale_log2 + log2f(total));
+  // Writes rows r and r + 8, those of token[0] and token[1], where there are any. again
+  // gets one bit per lane of a row that has to be done again, whose logsumexp is NaN.
+  __device__ __forceinline__ void store(const Forward<T>& to, const int (&token)[2],
+                                        uint32_t (&again)[2]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = quad_sum(sum[half]);
+      float size = total;  // not finite if an element is not
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        size += fabsf(o[n][2 * half]) + fabsf(o[n][2 * half + 1]);
+      }
+      const bool good = total >= 0x1p-80f && size <= 3e38f;
+      again[half] = __ballot_sync(~0u, token[half] >= 0 && !good);
+      const bool write = token[half] >= 0 && (again[half] >> (lane & 28) & 15) == 0;
+      store_row<T, D>(o, half, __frcp_rn(rounded[2 * half]),
+                      write ? to.out.row(to.out.head(), token[half]) : nullptr,
+                      to.sizes.dim);
+      if (token[half] >= 0 && lane % 4 == 0) {
+        to.logsumexp[own_head() * to.sizes.num_tokens + token[half]] =
+            write ? kLn2 * (shift[half] + log2f(total)) : NAN;
+      }
     }
   }
 };

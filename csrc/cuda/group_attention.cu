@@ -40,7 +40,7 @@ struct Memory {
 // with one stage, the next one is copied and the tokens of the one after are looked
 // up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWarps)
+__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 24 / kWarps)
     attend_kernel(Forward<T> to, const int* __restrict__ order,
                   const int4* __restrict__ tiles, int num_tiles) {
   constexpr int kQueries = 16 * kWarps;
@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   tiles += own_head() * num_tiles;
   const int* index = to.index + own_head() * sizes.num_groups * sizes.num_keys;
   order += own_head() * sizes.num_tokens;
-  float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
   const int stages = (sizes.num_keys + kKeys - 1) / kKeys;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -102,13 +101,14 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
   copy(0);
   look_up();
 
-  // The maximum is taken before scaling, which must not turn the order round.
+  // Maxima are taken before scaling, which must not turn the order round.
   const float scale_log2 = positive_scale_log2(to.scale);
-  int stage = 0;  // counted over all tiles
+  int stage = 0;         // counted over all tiles
+  uint32_t spoiled = 0;  // not zero if rows have to be done again
   for (int served = 0; served < ahead; ++served) {
     int token[2];
-    RowFragment<T, D> q[2];
-    OnlineSoftmax<T, D> softmax;
+    FragmentA<T> q[D / 32][2];
+    SoftmaxRows<T, D> rows;
     for (int of_tile = 0; of_tile < stages; ++of_tile, ++stage) {
       if (found) {
         copy(stage + 1);
@@ -122,46 +122,70 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 16 / kWa
         const SharedRows<T, D> queries = memory.queries(served);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = 16 * warp + 8 * half + lane / 4;
-          token[half] = memory.tokens(served)[row];
-          q[half] = queries.load_row(row);
-          if (to.scale < 0.f) q[half].negate();
+          token[half] = memory.tokens(served)[16 * warp + 8 * half + lane / 4];
+        }
+#pragma unroll
+        for (int block = 0; block < D / 32; ++block) {
+          queries.load_operands(16 * warp, block, q[block]);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            if (to.scale < 0.f) negate<T>(q[block][step].x);
+          }
         }
       }
       const SharedRows<T, D> keys = memory.keys(stage);
       if (memory.tokens(served)[16 * warp] >= 0) {
-        float s[kKeys / 8][4];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-          const RowFragment<T, D> k = keys.load_row(8 * n + lane / 4);
-#pragma unroll
-          for (int step = 0; step < D / 16; ++step) {
-            mma(s[n], operand_a(q[0], q[1], step), k.operand_b(step));
-          }
-        }
+        const SharedRows<T, D> values = memory.values(stage);
         const int count = sizes.num_keys - of_tile * kKeys;
-        if (count < kKeys) {
 #pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n) {
-            if (8 * n + 8 <= count) continue;
+        for (int key = 0; key < kKeys; key += 16) {
+          if (key >= count) break;
+          float s[2][4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {  // columns without a key
-              if (8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int block = 0; block < D / 32; ++block) {
+              FragmentB<T> k[2];
+              keys.load_operands(key + 8 * n, block, k);
+#pragma unroll
+              for (int step = 0; step < 2; ++step) {
+                mma(s[n], kept_operand<D>(q[block][step]), k[step]);
+              }
             }
           }
-        }
-        softmax.template add<kKeys>(s, scale_log2, memory.values(stage), 0);
-        if (of_tile == stages - 1) {
+          if (key + 16 > count) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            T* row = token[half] >= 0 ? to.out.row(to.out.head(), token[half]) : nullptr;
-            softmax.store(half, scale_log2, sizes.dim, row, logsumexp + token[half]);
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {  // columns without a key
+                if (key + 8 * n + 2 * (lane % 4) + i % 2 >= count) s[n][i] = -INFINITY;
+              }
+            }
           }
+          const bool first = key == 0 && of_tile == 0;
+          if (first || std::is_same_v<T, __half>) rows.raise(s, scale_log2, first);
+          rows.add(s, scale_log2, values, key);
+        }
+        if (of_tile == stages - 1) {
+          uint32_t again[2];
+          rows.store(to, token, again);
+          spoiled |= again[0] | again[1];
         }
       }
       __syncthreads();
+    }
+  }
+  if (spoiled == 0) return;
+  __syncwarp();
+  const float* logsumexp = to.logsumexp + own_head() * sizes.num_tokens;
+  for (int i = blockIdx.x; i < num_tiles; i += gridDim.x) {
+    const auto [group, begin, end, unused] = tiles[i];
+    const int* chosen = index + group * sizes.num_keys;
+    for (int at = begin + 16 * warp; at < min(begin + 16 * warp + 16, end); ++at) {
+      if (!isnan(logsumexp[order[at]])) continue;
+      attend_row<T, D>(to, order[at], sizes.num_keys, [&](int k) {
+        return min(max(chosen[k], 0), sizes.num_tokens - 1);
+      });
     }
   }
 }

@@ -31,7 +31,8 @@ struct BackwardBlock {
   static constexpr bool kKeepsKeys = kRowBytes <= 128;
   static constexpr int kStageBytes = kQueries * kRowBytes;
   static constexpr int kKeyBytes = kKeys * kRowBytes;
-  static constexpr int kScoreBytes = kKeys * kQueries * sizeof(T);
+  static constexpr int kScoreBytes =
+      std::max<int>(kKeys * kQueries * sizeof(T), kKeepsKeys ? kKeyBytes : 0);
   static constexpr int kBytes = 5 * kStageBytes + (kKeepsKeys ? 1 : 2) * kKeyBytes +
                                 kScoreBytes + 3 * kQueries * sizeof(float);
 
@@ -59,8 +60,10 @@ struct BackwardBlock {
   __device__ __forceinline__ SharedRows<T, D> keys() const {
     return SharedRows<T, D>(logsumexp() + kQueries);
   }
+  // Where dS^T comes later, if they go on in registers.
   __device__ __forceinline__ SharedRows<T, D> values() const {
-    return SharedRows<T, D>(keys().base + kKeyBytes);
+    return SharedRows<T, D>(kKeepsKeys ? base + 5 * kStageBytes
+                                       : base + kBytes - kKeyBytes);
   }
 };
 
@@ -151,41 +154,30 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
     look_up(0);
     RowGather<T, D, Block::kThreads, Block::kKeys> key_gather;
     key_gather.look_up(index + first_key, num_keys, sizes.num_tokens - 1);
-    // Operands of the own keys and values, if they stay in registers.
-    FragmentA<T> kept_k[kTiles][D / 16], kept_v[kTiles][D / 16];
-    int token[2 * kTiles];  // of rows r and r + 8 of the own tiles
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const int place = first_key + min(own_key + 8 * i + lane / 4, num_keys - 1);
-      token[i] = min(max(index[place], 0), sizes.num_tokens - 1);
-    }
     key_gather.copy(memory.keys(), to.key.head(), to.key.token_stride, sizes.dim);
-    if constexpr (!Block::kKeepsKeys) {
-      key_gather.copy(memory.values(), to.value.head(), to.value.token_stride, sizes.dim);
-    }
+    key_gather.copy(memory.values(), to.value.head(), to.value.token_stride, sizes.dim);
     copy(0);
     look_up(1);
+    // Operands of the own keys and values, if they stay in registers.
+    FragmentA<T> kept_k[kTiles][D / 32][2], kept_v[kTiles][D / 32][2];
     if constexpr (Block::kKeepsKeys) {
-      RowFragment<T, D> k[2 * kTiles], v[2 * kTiles];
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        k[i].load(to.key.row(to.key.head(), token[i]), sizes.dim);
-        v[i].load(to.value.row(to.value.head(), token[i]), sizes.dim);
-      }
+      ptx::wait_for_copies<0>();
+      __syncthreads();
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-        for (int step = 0; step < D / 16; ++step) {
-          kept_k[m][step] = operand_a(k[2 * m], k[2 * m + 1], step);
-          kept_v[m][step] = operand_a(v[2 * m], v[2 * m + 1], step);
+        for (int block = 0; block < D / 32; ++block) {
+          memory.keys().load_operands(own_key + 16 * m, block, kept_k[m][block]);
+          memory.values().load_operands(own_key + 16 * m, block, kept_v[m][block]);
         }
       }
+      __syncthreads();
     }
     // dS is zero for keys that do not exist.
     const int missing = (num_keys + 15) / 16 * 16 - num_keys;
     for (int i = threadIdx.x; i < missing * kQueries / 2; i += Block::kThreads) {
       memory.grad_scores(i / 8 / missing)
-          .store_pair(num_keys + i / 8 % missing, i % 8 * 2, pack<T>(0.f, 0.f));
+          .store_pair(0, num_keys + i / 8 % missing, i % 8 * 2, pack<T>(0.f, 0.f));
     }
 
     float d_key[kTiles][D / 8][4] = {}, d_value[kTiles][D / 8][4] = {};
@@ -208,11 +200,11 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
         float p[kTiles][2][4] = {}, ds[kTiles][2][4] = {};  // P^T, dS^T
 #pragma unroll(Block::kRowBytes > 256 ? 1 : D / 32)
         for (int block = 0; block < D / 32; ++block) {
-          RowFragment<T, 32> q[2], g[2];
+          FragmentB<T> q[2][2], g[2][2];
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            q[n] = queries.load_block(first + 8 * n + lane / 4, block);
-            g[n] = grads.load_block(first + 8 * n + lane / 4, block);
+            queries.load_operands(first + 8 * n, block, q[n]);
+            grads.load_operands(first + 8 * n, block, g[n]);
           }
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
@@ -220,8 +212,8 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
             if constexpr (Block::kKeepsKeys) {
 #pragma unroll
               for (int step = 0; step < 2; ++step) {
-                own_k[step] = kept_k[m][2 * block + step];
-                own_v[step] = kept_v[m][2 * block + step];
+                own_k[step] = kept_k[m][block][step];
+                own_v[step] = kept_v[m][block][step];
               }
             } else {
               memory.keys().load_operands(own_key + 16 * m, block, own_k);
@@ -231,8 +223,8 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
             for (int step = 0; step < 2; ++step) {
 #pragma unroll
               for (int n = 0; n < 2; ++n) {
-                mma(p[m][n], own_k[step], q[n].operand_b(step));
-                mma(ds[m][n], own_v[step], g[n].operand_b(step));
+                mma(p[m][n], own_k[step], q[n][step]);
+                mma(ds[m][n], own_v[step], g[n][step]);
               }
             }
           }
@@ -257,7 +249,7 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
           p_a[m] = as_operand<T>(p[m][0], p[m][1]);
           ds_a[m] = as_operand<T>(ds[m][0], ds[m][1]);
           memory.grad_scores(first / 16)
-              .store_operand(own_key + 16 * m, num_keys, ds_a[m]);
+              .store_operand(own_key + 16 * m, ds_a[m], num_keys - own_key - 16 * m);
         }
 #pragma unroll
         for (int pair = 0; pair < D / 16; ++pair) {

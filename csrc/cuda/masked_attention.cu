@@ -42,7 +42,7 @@ __device__ __forceinline__ void score_tile(float (&s)[4], const Row<T> (&q)[2],
   s[1] = low.y;
   s[2] = high.x;
   s[3] = high.y;
-  const Row<T> k = keys.load_row(from + 8 * kTile + threadIdx.x % 32 / 4);
+  const Row<T> k = keys.load_rows(from + 8 * kTile);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     mma(s, operand_a(q[0], q[1], step), k.operand_b(step));
@@ -58,32 +58,6 @@ __device__ __forceinline__ float square_sum(const Row<T>& row) {
     sum = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sum));
   }
   return quad_sum(sum);
-}
-
-// One row of attention, one key at a time, an element of D per lane.
-template <typename T>
-__device__ __forceinline__ void attend_row(const Forward<T>& to, int token,
-                                           const uint32_t* seen) {
-  const int lane = threadIdx.x % 32;
-  const bool inside = lane < to.sizes.dim;
-  const auto element = [&](const Rows<const T>& rows, int t) {
-    return inside ? to_float(rows.row(rows.head(), t)[lane]) : 0.f;
-  };
-  const float q = element(to.query, token);
-  float highest = -INFINITY, sum = 0.f, o = 0.f;
-  for (int t = 0; t < to.sizes.num_tokens; ++t) {
-    if (!(seen[t / 32] >> t % 32 & 1)) continue;
-    const float score = warp_sum(q * element(to.key, t)) * to.scale;
-    const float high = fmaxf(highest, score), base = high == -INFINITY ? 0.f : high;
-    const float factor = expf(highest - base), p = expf(score - base);
-    highest = high;
-    sum = sum * factor + p;
-    o = o * factor + p * element(to.value, t);
-  }
-  if (inside) to.out.row(to.out.head(), token)[lane] = from_float<T>(o / sum);
-  if (lane == 0) {
-    to.logsumexp[own_head() * to.sizes.num_tokens + token] = highest + logf(sum);
-  }
 }
 
 // Attention of rows first + {0..15}, whose fragments are q, to the keys and values in
@@ -109,7 +83,8 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
   }
   // Probabilities are 2^(score * scale_log2 - shift). What keeps them within bfloat16
   // follows from the lengths; float16 has to know the maximum.
-  float shift[2];
+  SoftmaxRows<T, kDim> rows;
+  float (&shift)[2] = rows.shift;
   if constexpr (std::is_same_v<T, __half>) {
     shift[0] = shift[1] = -INFINITY;
     for (int from = 0; from < padded; from += 32) {
@@ -137,70 +112,32 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
     }
   }
 
-  // The output is divided by the sum of the probabilities as they were rounded, so that
-  // a key that stands alone comes out as it is. The logsumexp has them before that.
-  const FragmentB<T> ones{{pack<T>(1.f, 1.f), pack<T>(1.f, 1.f)}};
-  float o[kDim / 8][4] = {}, rounded[4] = {}, sum[2] = {0.f, 0.f};
   for (int from = 0; from < padded; from += 32) {
     const Bias bias[2] = {Bias(seen[0][from / 32]), Bias(seen[1][from / 32])};
-    float p[4][4];
-    const auto attend = [&](auto tile) {
-      constexpr int kTile = decltype(tile)::value;
-      score_tile<T, kTile>(p[kTile], q, keys, from, bias);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p[kTile][i] = ptx::exp2_approx(fmaf(p[kTile][i], scale_log2, -shift[i / 2]));
-        sum[i / 2] += p[kTile][i];
-      }
-      if constexpr (kTile % 2 == 1) {
-        const FragmentA<T> a = as_operand<T>(p[kTile - 1], p[kTile]);
-        mma(rounded, a, ones);
-#pragma unroll
-        for (int pair = 0; pair < kDim / 16; ++pair) {
-          FragmentB<T> v[2];
-          values.load_columns(from + 8 * (kTile - 1), pair, v);
-          mma(o[2 * pair], a, v[0]);
-          mma(o[2 * pair + 1], a, v[1]);
-        }
-      }
-    };
-    attend(std::integral_constant<int, 0>());
-    attend(std::integral_constant<int, 1>());
+    float s[2][4];
+    score_tile<T, 0>(s[0], q, keys, from, bias);
+    score_tile<T, 1>(s[1], q, keys, from, bias);
+    rows.add(s, scale_log2, values, from);
     if (from + 16 < padded) {
-      attend(std::integral_constant<int, 2>());
-      attend(std::integral_constant<int, 3>());
+      score_tile<T, 2>(s[0], q, keys, from, bias);
+      score_tile<T, 3>(s[1], q, keys, from, bias);
+      rows.add(s, scale_log2, values, from + 16);
     }
   }
-
-  // One bit per lane whose part of row lane / 4 (+ 8) has to be done again.
-  uint32_t again[2];
+  int token[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sum[half] = quad_sum(sum[half]);
-    float size = sum[half];  // not finite if an element is not
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      size += fabsf(o[n][2 * half]) + fabsf(o[n][2 * half + 1]);
-    }
-    const int token = first + 8 * half + lane / 4;
-    const bool exists = token < to.sizes.num_tokens;
-    const bool good = sum[half] >= 0x1p-80f && size <= 3e38f;
-    again[half] = __ballot_sync(~0u, exists && !good);
-    const bool write = exists && (again[half] >> (lane & 28) & 15) == 0;
-    store_row<T, kDim>(o, half, __frcp_rn(rounded[2 * half]),
-                       write ? to.out.row(to.out.head(), token) : nullptr, to.sizes.dim);
-    if (write && lane % 4 == 0) {
-      to.logsumexp[own_head() * to.sizes.num_tokens + token] =
-          kLn2 * (shift[half] + log2f(sum[half]));
-    }
+    const int own = first + 8 * half + lane / 4;
+    token[half] = own < to.sizes.num_tokens ? own : -1;
   }
-  if ((again[0] | again[1]) == 0) return;
-  for (int row = 0; row < 16; ++row) {
-    if (((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 15) == 0) continue;
-    const int own_group = row < 8 ? group[0] : group[1];
-    attend_row(to, first + row,
-               masks + __shfl_sync(~0u, own_group, 4 * (row % 8)) * kMaskWords);
-  }
+  uint32_t again[2];
+  rows.store(to, token, again);
+  each_row_again(again, [&](int row) {
+    const int own_group = __shfl_sync(~0u, row < 8 ? group[0] : group[1], 4 * (row % 8));
+    const uint32_t* words = masks + own_group * kMaskWords;
+    attend_row<T, kDim>(to, first + row, to.sizes.num_tokens,
+                        [&](int t) { return words[t / 32] >> t % 32 & 1 ? t : -1; });
+  });
 }
 
 // The largest of what the block's warps bring, which have to meet afterwards.
@@ -242,7 +179,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   __syncthreads();
   float key_norm = 0.f;
   for (int row = 32 * warp; row < min(32 * warp + 32, padded); row += 8) {
-    key_norm = fmaxf(key_norm, sqrtf(square_sum(keys.load_row(row + lane / 4))));
+    key_norm = fmaxf(key_norm, sqrtf(square_sum(keys.load_rows(row))));
   }
   key_norm = block_max(key_norm, scratch);
   attend_tile(to, {q[0], q[1]}, keys, values, masks, {own_group[0], own_group[1]},
@@ -317,9 +254,6 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   ptx::wait_for_copies<0>();
   __syncthreads();
   const float* centroids = choice.centroids + blockIdx.y * sizes.num_groups * sizes.dim;
-  const auto token_at = [&](int i) {
-    return first + i < sizes.num_tokens ? first + i : -1;
-  };
   float key_norm = 0.f;
   NearestGroups<N> nearest;
   bool infinite_key = false, infinite_query = false;
@@ -334,16 +268,14 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
     for (int i = 0; i < N; ++i) {
       k[i].clear();
       if (first + 8 * i >= padded) continue;
-      k[i] = keys.load_row(first + 8 * i + lane / 4);
+      k[i] = keys.load_rows(first + 8 * i);
       if (from == 0) key_norm = fmaxf(key_norm, sqrtf(square_sum(k[i])));
     }
     for (int tile = 0; 16 * tile < groups; ++tile) {
       float score[N][4];
       score_tokens<T, kDim, N>(operands, tile, k, score);
       if (tile == 0 && from == 0) infinite_key = has_infinity(score);
-      if (infinite_key) {
-        repair_scores(score, to.key, centroids, from + 16 * tile, sizes, token_at);
-      }
+      if (infinite_key) repair_scores(operands, tile, k, score);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         if (first + 8 * n >= padded) continue;
@@ -355,9 +287,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
       }
       score_tokens<T, kDim, N>(operands, tile, q, score);
       if (tile == 0 && from == 0) infinite_query = has_infinity(score);
-      if (infinite_query) {
-        repair_scores(score, to.query, centroids, from + 16 * tile, sizes, token_at);
-      }
+      if (infinite_query) repair_scores(operands, tile, q, score);
       nearest.add(score, from / 16 + tile);
     }
     __syncthreads();

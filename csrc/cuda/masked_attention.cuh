@@ -74,13 +74,6 @@ __device__ __forceinline__ float masked_scale_log2(float scale) {
   return fmaxf(fabsf(scale) * kLog2E, 0x1p-100f);
 }
 
-// Sum over the lanes of a warp.
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
 // Calls run(Type<T>, integral_constant<int, kWarps>): of at most so many warps.
 template <typename Run>
 void dispatch_few(const at::Tensor& tokens, int warps, Run&& run) {

@@ -87,6 +87,14 @@ __device__ __forceinline__ void grad_key_row(const Backward<T>& to, int token,
   to.grad_value.row(to.grad_value.head(), token)[lane] = from_float<T>(d_value);
 }
 
+// Negates the rows that copy_head has copied, each thread its own.
+template <typename T>
+__device__ __forceinline__ void negate_copied(const Shared<T>& shared, int padded) {
+  for (int i = threadIdx.x; i < padded * Shared<T>::kChunks; i += blockDim.x) {
+    shared.negate_chunk(i / Shared<T>::kChunks, i % Shared<T>::kChunks);
+  }
+}
+
 // Whether all of row r (half = 0) or r + 8 (half = 1) of 16xD results is finite; by a
 // whole warp, each quad gets its own answer.
 __device__ __forceinline__ bool row_is_finite(const float (&c)[kDim / 8][4], int half) {
@@ -97,16 +105,6 @@ __device__ __forceinline__ bool row_is_finite(const float (&c)[kDim / 8][4], int
   }
   const uint32_t bad = __ballot_sync(~0u, !(size <= 3e38f));
   return (bad >> (threadIdx.x & 28) & 15) == 0;
-}
-
-// Calls redo(row) for those of 16 rows of which a lane of the quad r has to see rows r
-// (again[0]) or r + 8 (again[1]) done again.
-template <typename Redo>
-__device__ __forceinline__ void each_row_again(const uint32_t (&again)[2], Redo&& redo) {
-  if ((again[0] | again[1]) == 0) return;
-  for (int row = 0; row < 16; ++row) {
-    if (again[row / 8] >> 4 * (row % 8) & 15) redo(row);
-  }
 }
 
 // The product of two rows of device memory.
@@ -192,23 +190,16 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kMaxWarps ? 2 : 1)
     }
   }
   ptx::wait_for_copies<0>();
+  // The number that hides a score is negative, whatever the sign of the scale.
+  if (to.scale < 0.f) negate_copied(queries, padded);
   __syncthreads();
 
-  // The number that hides a score is negative, whatever the sign of the scale.
   const float scale_log2 = masked_scale_log2(to.scale);
-  FragmentA<T> own_k[2][kDim / 16], own_v[2][kDim / 16];
+  FragmentA<T> own_v[2][kDim / 16];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    Row<T> k[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = own_key + 16 * m + 8 * half + lane / 4;
-      k[half] = keys.load_row(min(token, padded - 1));
-      if (to.scale < 0.f) k[half].negate();
-    }
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
-      own_k[m][step] = operand_a(k[0], k[1], step);
       own_v[m][step] = operand_a(v[2 * m], v[2 * m + 1], step);
     }
   }
@@ -216,44 +207,49 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kMaxWarps ? 2 : 1)
   for (int from = 0; from < padded; from += kStageQueries) {
     const int count = min(padded - from, kStageQueries);
     for (int row = 0; row < count; row += 16) {
-      float p[2][2][4], ds[2][2][4] = {};  // P^T, dS^T
+      FragmentA<T> p_a[2], ds_a[2];  // P^T, dS^T
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int column = from + row + 8 * n + 2 * (lane % 4);
         const uint2 bits = *reinterpret_cast<const uint2*>(seen.at(warp, column));
         const uint32_t even = ~bits.x << (7 - lane / 4), odd = ~bits.y << (7 - lane / 4);
-        p[0][n][0] = __uint_as_float(ptx::top_sign_byte<0>(even));
-        p[0][n][1] = __uint_as_float(ptx::top_sign_byte<0>(odd));
-        p[0][n][2] = __uint_as_float(ptx::top_sign_byte<1>(even));
-        p[0][n][3] = __uint_as_float(ptx::top_sign_byte<1>(odd));
-        p[1][n][0] = __uint_as_float(ptx::top_sign_byte<2>(even));
-        p[1][n][1] = __uint_as_float(ptx::top_sign_byte<2>(odd));
-        p[1][n][2] = __uint_as_float(ptx::top_sign_byte<3>(even));
-        p[1][n][3] = __uint_as_float(ptx::top_sign_byte<3>(odd));
-        const Row<T> q = queries.load_row(from + row + 8 * n + lane / 4);
-        const Row<T> g = grads.load_row(from + row + 8 * n + lane / 4);
+        float p[2][4] = {{__uint_as_float(ptx::top_sign_byte<0>(even)),
+                          __uint_as_float(ptx::top_sign_byte<0>(odd)),
+                          __uint_as_float(ptx::top_sign_byte<1>(even)),
+                          __uint_as_float(ptx::top_sign_byte<1>(odd))},
+                         {__uint_as_float(ptx::top_sign_byte<2>(even)),
+                          __uint_as_float(ptx::top_sign_byte<2>(odd)),
+                          __uint_as_float(ptx::top_sign_byte<3>(even)),
+                          __uint_as_float(ptx::top_sign_byte<3>(odd))}};
+        FragmentB<T> q[2];
+        queries.load_operands(from + row + 8 * n, 0, q);
+        const Row<T> g = grads.load_rows(from + row + 8 * n);
         const float4 own = *reinterpret_cast<const float4*>(statistic + column);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
+          FragmentA<T> own_k[2];  // registers are too scarce to keep it
+          keys.load_operands(min(own_key + 16 * m, padded - 16), 0, own_k);
+          float ds[4] = {};
 #pragma unroll
           for (int step = 0; step < kDim / 16; ++step) {
-            mma(p[m][n], own_k[m][step], q.operand_b(step));
-            mma(ds[m][n], own_v[m][step], g.operand_b(step));
+            mma(p[m], own_k[step], q[step]);
+            mma(ds, own_v[m][step], g.operand_b(step));
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float lse_log2 = i % 2 ? own.z : own.x, delta = i % 2 ? own.w : own.y;
-            p[m][n][i] = ptx::exp2_approx(fmaf(p[m][n][i], scale_log2, -lse_log2));
-            ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - delta);
+            p[m][i] = ptx::exp2_approx(fmaf(p[m][i], scale_log2, -lse_log2));
+            ds[i] = p[m][i] * (ds[i] - delta);
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            p_a[m].x[2 * n + half] = pack<T>(p[m][2 * half], p[m][2 * half + 1]);
+            const Pair<T> pair = pack<T>(ds[2 * half], ds[2 * half + 1]);
+            ds_a[m].x[2 * n + half] = pair;
+            grad_scores(row / 16).store_pair(own_key + 16 * m, 8 * half + lane / 4,
+                                             8 * n + 2 * (lane % 4), pair);
           }
         }
-      }
-      FragmentA<T> p_a[2], ds_a[2];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        p_a[m] = as_operand<T>(p[m][0], p[m][1]);
-        ds_a[m] = as_operand<T>(ds[m][0], ds[m][1]);
-        grad_scores(row / 16).store_operand(own_key + 16 * m, 32 * warps, ds_a[m]);
       }
 #pragma unroll
       for (int pair = 0; pair < kDim / 16; ++pair) {
@@ -312,7 +308,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kMaxWarps ? 2 : 1)
       const bool good = row_is_finite(d_value[m], half) && good_key;
       again[half] = __ballot_sync(~0u, exists && !good);
       const bool write = exists && good;
-      store_row<T, kDim>(d_key[m], half, to.scale,
+      store_row<T, kDim>(d_key[m], half, fabsf(to.scale),  // the queries have the sign
                          write ? to.grad_key.row(to.grad_key.head(), token) : nullptr,
                          sizes.dim);
       store_row<T, kDim>(d_value[m], half, 1.f,

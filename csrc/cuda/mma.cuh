@@ -42,6 +42,10 @@ __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
@@ -124,6 +128,28 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragmentA<float>& a,
     const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
     ptx::mma_m16n8k8_tf32(c, a_low, b_high);
     ptx::mma_m16n8k8_tf32(c, a_high, b_low);
+    ptx::mma_m16n8k8_tf32(c, a_high, b_high);
+  }
+}
+
+// The product of what operands are to the first approximation, through which an infinity
+// goes as it does through multiplications.
+template <typename T>
+__device__ __forceinline__ void mma_leading(float (&c)[4], const FragmentA<T>& a,
+                                            const FragmentB<T>& b) {
+  mma(c, a, b);
+}
+template <>
+__device__ __forceinline__ void mma_leading<float>(float (&c)[4],
+                                                   const FragmentA<float>& a,
+                                                   const FragmentB<float>& b) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float2 low = a.x[2 * half], high = a.x[2 * half + 1];
+    const uint32_t a_high[4] = {ptx::round_to_tf32(low.x), ptx::round_to_tf32(high.x),
+                                ptx::round_to_tf32(low.y), ptx::round_to_tf32(high.y)};
+    const uint32_t b_high[2] = {ptx::round_to_tf32(b.x[half].x),
+                                ptx::round_to_tf32(b.x[half].y)};
     ptx::mma_m16n8k8_tf32(c, a_high, b_high);
   }
 }

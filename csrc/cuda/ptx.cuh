@@ -102,9 +102,24 @@ __device__ __forceinline__ void store_shared(uint32_t address, float2 x) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};\n" ::"r"(address), "f"(x.x), "f"(x.y)
                : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
 
 // Four 8x8 matrices of 16-bit numbers: lane 8 * i + j names row j of matrix i. A
-// thread gets elements [2 * (lane % 4)..][lane / 4] of matrix i in the i-th word.
+// thread gets elements [lane / 4][2 * (lane % 4)..] of matrix i in the i-th word.
+__device__ __forceinline__ uint4 load_matrices(uint32_t address) {
+  uint4 x;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+// The same of the transposed matrices: elements [2 * (lane % 4)..][lane / 4].
 __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t address) {
   uint4 x;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"

@@ -73,6 +73,15 @@ inline at::Tensor aligned_centroids(const at::Tensor& centroids) {
   return aligned ? centroids : centroids.clone();
 }
 
+template <typename T>
+__device__ __forceinline__ void negate(Pair<T> (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(x[i]);
+    x[i] = pack<T>(-pair.x, -pair.y);
+  }
+}
+
 // A row as operand of products over D. Of every 32 elements a thread holds the
 // eight from 8 * (lane % 4) on, as four pairs, so that it loads them at once; the
 // k of the products are permuted alike for both operands, which changes nothing.
@@ -107,13 +116,7 @@ struct RowFragment {
 
   __device__ __forceinline__ void negate() {
 #pragma unroll
-    for (int block = 0; block < D / 32; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<T>(x[block][i]);
-        x[block][i] = pack<T>(-pair.x, -pair.y);
-      }
-    }
+    for (int block = 0; block < D / 32; ++block) mmdgt::cuda::negate<T>(x[block]);
   }
 
   __device__ __forceinline__ FragmentB<T> operand_b(int step) const {
@@ -127,14 +130,18 @@ __device__ __forceinline__ FragmentA<T> operand_a(const RowFragment<T, D>& low,
                                                   const RowFragment<T, D>& high,
                                                   int step) {
   const int block = step / 2, i = 2 * (step % 2);
-  FragmentA<T> a{
-      {low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+  return {{low.x[block][i], high.x[block][i], low.x[block][i + 1], high.x[block][i + 1]}};
+}
+
+// An operand of rows of D that is in registers while products go on. The two tf32 of
+// every element, kept as well, would not fit.
+template <int D, typename T>
+__device__ __forceinline__ FragmentA<T> kept_operand(FragmentA<T> a) {
   if constexpr (sizeof(T) == 4 && D > 32) {
-    // Kept through a loop, the two tf32 of every element would not fit in registers.
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      a.x[j].x = ptx::opaque(a.x[j].x);
-      a.x[j].y = ptx::opaque(a.x[j].y);
+    for (int i = 0; i < 4; ++i) {
+      a.x[i].x = ptx::opaque(a.x[i].x);
+      a.x[i].y = ptx::opaque(a.x[i].y);
     }
   }
   return a;
@@ -158,6 +165,11 @@ struct SharedRows {
     const int twist = kChunks == 2 ? row >> 2 & 1 : kChunks == 4 ? row >> 1 & 3 : row & 7;
     return base + row * kRowBytes + ((chunk ^ twist) << 4);
   }
+  // The same of row `first` + `row`, `first` a multiple of 8: such rows share their
+  // permutation, so a loop over them has little to compute.
+  __device__ __forceinline__ uint32_t address(int row, int chunk, int first) const {
+    return address(row, chunk) + first * kRowBytes;
+  }
 
   // Starts to copy 16 bytes of a row of device memory, or zeros.
   __device__ __forceinline__ void copy_async(int row, int chunk, const T* source,
@@ -166,20 +178,24 @@ struct SharedRows {
                              source + (valid ? chunk * kChunkElements : 0), valid);
   }
 
-  __device__ __forceinline__ RowFragment<T, D> load_row(int row) const {
+  // Negates 16 bytes of a row.
+  __device__ __forceinline__ void negate_chunk(int row, int chunk) const {
+    const uint32_t own = address(row, chunk);
+    uint4 words = ptx::load_shared_16_bytes(own);
+    negate<T>(reinterpret_cast<Pair<T>(&)[4]>(words));
+    ptx::store_shared(own, words);
+  }
+
+  // In what follows `row` is a multiple of 8.
+
+  // Row lane / 4 of the eight from `row` on.
+  __device__ __forceinline__ RowFragment<T, D> load_rows(int row) const {
     RowFragment<T, D> fragment;
 #pragma unroll
     for (int block = 0; block < D / 32; ++block)
       load_block(row, block, fragment.x[block]);
     return fragment;
   }
-  // 32 of the elements, for rows that need not be in registers as a whole.
-  __device__ __forceinline__ RowFragment<T, 32> load_block(int row, int block) const {
-    RowFragment<T, 32> fragment;
-    load_block(row, block, fragment.x[0]);
-    return fragment;
-  }
-
   // B operands of products over 16 rows from `row` on: columns 16 * pair and
   // 16 * pair + 8.
   __device__ __forceinline__ void load_columns(int row, int pair,
@@ -187,7 +203,7 @@ struct SharedRows {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
       const uint4 words =
-          ptx::load_matrices_transposed(address(row + lane % 16, 2 * pair + lane / 16));
+          ptx::load_matrices_transposed(address(lane % 16, 2 * pair + lane / 16, row));
       b[0] = {{words.x, words.y}};
       b[1] = {{words.z, words.w}};
     } else {
@@ -196,21 +212,50 @@ struct SharedRows {
         const int column = 16 * pair + 8 * i + lane / 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int first = row + 8 * half + 2 * (lane % 4);
-          b[i].x[half] = make_float2(element(first, column), element(first + 1, column));
+          const int first = 8 * half + 2 * (lane % 4);
+          b[i].x[half] =
+              make_float2(element(row, first, column), element(row, first + 1, column));
         }
       }
     }
   }
 
-  // A operands of the 16 rows from `row` on, of 32 elements.
+  // A operands of the 16 rows, and B operands of the 8 rows, from `row` on, of 32
+  // elements. They fit each other, not RowFragment: k is in another order. As ldmatrix
+  // leaves an A operand it stays in registers; words of two vectors would have to be
+  // brought together for every product.
   __device__ __forceinline__ void load_operands(int row, int block,
                                                 FragmentA<T> (&a)[2]) const {
-    const int own = row + threadIdx.x % 32 / 4;
-    const RowFragment<T, 32> low = load_block(own, block),
-                             high = load_block(own + 8, block);
-    a[0] = operand_a(low, high, 0);
-    a[1] = operand_a(low, high, 1);
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint4 words =
+            ptx::load_matrices(address(lane % 16, 4 * block + 2 * step + lane / 16, row));
+        a[step] = {{words.x, words.y, words.z, words.w}};
+      }
+    } else {
+      RowFragment<T, 32> low, high;
+      load_block(row, block, low.x[0]);
+      load_block(row + 8, block, high.x[0]);
+      a[0] = operand_a(low, high, 0);
+      a[1] = operand_a(low, high, 1);
+    }
+  }
+  __device__ __forceinline__ void load_operands(int row, int block,
+                                                FragmentB<T> (&b)[2]) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+      const uint4 words =
+          ptx::load_matrices(address(lane % 8, 4 * block + lane / 8, row));
+      b[0] = {{words.x, words.y}};
+      b[1] = {{words.z, words.w}};
+    } else {
+      RowFragment<T, 32> own;
+      load_block(row, block, own.x[0]);
+      b[0] = own.operand_b(0);
+      b[1] = own.operand_b(1);
+    }
   }
 
   // For rows of 16: the A operand that the 16 rows from `row` on are columns of.
@@ -218,7 +263,7 @@ struct SharedRows {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
       const uint4 words = ptx::load_matrices_transposed(
-          address(row + lane % 8 + 8 * (lane / 16), lane / 8 % 2));
+          address(lane % 8 + 8 * (lane / 16), lane / 8 % 2, row));
       return {{words.x, words.y, words.z, words.w}};
     } else {
       FragmentB<T> b[2];
@@ -227,21 +272,22 @@ struct SharedRows {
     }
   }
 
-  // Elements `column`, which is even, and column + 1 of a row.
-  __device__ __forceinline__ void store_pair(int row, int column, Pair<T> pair) const {
-    ptx::store_shared(address(row, column / kChunkElements) +
+  // Elements `column`, which is even, and column + 1 of row `row` + `own`.
+  __device__ __forceinline__ void store_pair(int row, int own, int column,
+                                             Pair<T> pair) const {
+    ptx::store_shared(address(own, column / kChunkElements, row) +
                           column % kChunkElements * static_cast<int>(sizeof(T)),
                       pair);
   }
 
-  // For rows of 16: writes an A operand from `row` on, but no row from `end` on.
-  __device__ __forceinline__ void store_operand(int row, int end,
-                                                const FragmentA<T>& a) const {
+  // For rows of 16: writes the first `rows` rows of an A operand from `row` on.
+  __device__ __forceinline__ void store_operand(int row, const FragmentA<T>& a,
+                                                int rows = 16) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int own = row + 8 * (i % 2) + lane / 4;
-      if (own < end) store_pair(own, 8 * (i / 2) + 2 * (lane % 4), a.x[i]);
+      const int own = 8 * (i % 2) + lane / 4;
+      if (own < rows) store_pair(row, own, 8 * (i / 2) + 2 * (lane % 4), a.x[i]);
     }
   }
 
@@ -250,12 +296,12 @@ struct SharedRows {
     constexpr int kVectors = sizeof(Pair<T>) / 4;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      *(reinterpret_cast<uint4*>(x) + v) = ptx::load_shared_16_bytes(
-          address(row, (4 * block + threadIdx.x % 4) * kVectors + v));
+      *(reinterpret_cast<uint4*>(x) + v) = ptx::load_shared_16_bytes(address(
+          threadIdx.x % 32 / 4, (4 * block + threadIdx.x % 4) * kVectors + v, row));
     }
   }
-  __device__ __forceinline__ float element(int row, int column) const {
-    return ptx::load_shared(address(row, column / 4) + column % 4 * 4);
+  __device__ __forceinline__ float element(int row, int own, int column) const {
+    return ptx::load_shared(address(own, column / 4, row) + column % 4 * 4);
   }
 };
 

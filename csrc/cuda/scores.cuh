@@ -219,24 +219,23 @@ __device__ __forceinline__ bool has_infinity(const float (&score)[N][4]) {
   return __ballot_sync(~0u, threadIdx.x % 32 < 4 && !finite) != 0;
 }
 
-// Terms of either sign times an infinity add up to NaN. Computes such scores of a tile
-// of groups from `first_group` on once more, by the centroids (G,D) of the head.
-template <typename T, int N, typename TokenAt>
-__device__ __forceinline__ void repair_scores(float (&score)[N][4],
-                                              const Rows<const T>& rows,
-                                              const float* centroids, int first_group,
-                                              const Sizes& sizes, TokenAt&& token_at) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1  // rare, so short
-  for (int i = 0; i < 4 * N; ++i) {
-    const int group = first_group + lane / 4 + 8 * (i % 4 / 2);
-    const int token = token_at(8 * (i / 4) + 2 * (lane % 4) + i % 2);
-    if (group >= sizes.num_groups || token < 0) continue;
-    const float again = plain_score(rows.row(rows.head(), token),
-                                    centroids + group * sizes.dim, sizes.dim);
+// Terms of either sign times an infinity add up to NaN. Makes such scores of a tile of
+// groups those of the leading terms, whose infinities have the sign of the whole.
+template <typename T, int D, int N>
+__device__ __forceinline__ void repair_scores(const CentroidOperands<T, D>& centroids,
+                                              int tile,
+                                              const RowFragment<T, D> (&tokens)[N],
+                                              float (&score)[N][4]) {
 #pragma unroll
-    for (int j = 0; j < 4 * N; ++j) {
-      if (j == i && isnan(score[j / 4][j % 4])) score[j / 4][j % 4] = again;
+  for (int n = 0; n < N; ++n) {
+    float leading[4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      mma_leading(leading, centroids.operand(tile, step, 0), tokens[n].operand_b(step));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (isnan(score[n][i])) score[n][i] = leading[i];
     }
   }
 }

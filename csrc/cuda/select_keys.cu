@@ -45,21 +45,17 @@ __device__ __forceinline__ int sampled_token(uint32_t i, uint32_t num_tokens) {
 // threads of the block, which has to wait before it reads them.
 template <typename T, int D, int kRows, int kColumns, typename TokenAt>
 __device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operands,
-                                           const Rows<const T>& key,
-                                           const float* centroids, int first_group,
-                                           const Sizes& sizes, float* scores,
-                                           TokenAt&& token_at) {
+                                           const Rows<const T>& key, const Sizes& sizes,
+                                           float* scores, TokenAt&& token_at) {
   constexpr int N = kTokenTiles<T, D>;
   const int lane = threadIdx.x % 32;
   for (int from = threadIdx.x / 32 * 8 * N; from < kColumns; from += blockDim.x / 4 * N) {
     RowFragment<T, D> tokens[N];
-    const auto own_token_at = [&](int i) { return token_at(from + i); };
-    load_tokens(tokens, key.head(), key.token_stride, sizes.dim, own_token_at);
+    load_tokens(tokens, key.head(), key.token_stride, sizes.dim,
+                [&](int i) { return token_at(from + i); });
     float score[N][4];
     score_tokens<T, D, N>(operands, 0, tokens, score);
-    if (has_infinity(score)) {
-      repair_scores(score, key, centroids, first_group, sizes, own_token_at);
-    }
+    if (has_infinity(score)) repair_scores(operands, 0, tokens, score);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int column = from + 8 * n + 2 * (lane % 4);
@@ -80,7 +76,9 @@ __device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operand
 // (B,H,G) and sets the numbers of candidates, count (B,H,G), to zero. Without
 // samples everything becomes a candidate.
 template <typename T, int D, int kSamples, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) > 64 ? 1
+                                            : kSamples > 512   ? 3
+                                                               : 4)
     sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
                   Threshold* __restrict__ threshold, int* __restrict__ count, Sizes sizes,
                   Plan plan) {
@@ -100,9 +98,9 @@ __global__ void __launch_bounds__(kThreads)
   centroids += blockIdx.y * sizes.num_groups * sizes.dim;
   operands.fill(centroids, first, 1, sizes.num_groups, sizes.dim);
   __syncthreads();
-  score_rows<T, D, kRows, kSamples>(
-      operands, key, centroids, first, sizes, scores,
-      [&](int i) { return sampled_token<kSamples>(i, sizes.num_tokens); });
+  score_rows<T, D, kRows, kSamples>(operands, key, sizes, scores, [&](int i) {
+    return sampled_token<kSamples>(i, sizes.num_tokens);
+  });
   __syncthreads();
 
   // Threads of a row: the fewer, the more rows share the cost of a step.
@@ -116,13 +114,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kPerThread; ++i) {
       bits[i] = candidate_bits(scores[r * (kSamples + 8) + i * kGroup + own]);
     }
-    const Threshold found = find_threshold<kGroup>(
-        bits, kPerThread,
-        [&](int i) {
-          return static_cast<uint32_t>(
-              sampled_token<kSamples>(i * kGroup + own, sizes.num_tokens));
-        },
-        plan.fewest, plan.most, static_cast<uint32_t>(sizes.num_tokens), reduce);
+    // Samples are in the order of tokens, so that their places stand for these.
+    Threshold found = find_threshold<kGroup>(
+        bits, kPerThread, [&](int i) { return static_cast<uint32_t>(i * kGroup + own); },
+        plan.fewest, plan.most, kSamples, reduce);
+    if (found.token_end > 0) {
+      found.token_end =
+          sampled_token<kSamples>(found.token_end - 1, sizes.num_tokens) + 1;
+    }
     if (own == 0) threshold[row + r] = found;
   }
 }
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kTeam * 16)
   centroids += blockIdx.y * sizes.num_groups * sizes.dim;
   operands.fill(centroids, first, 1, sizes.num_groups, sizes.dim);
   __syncthreads();
-  score_rows<T, D, kRows, kTokens>(operands, key, centroids, first, sizes, scores,
+  score_rows<T, D, kRows, kTokens>(operands, key, sizes, scores,
                                    [&](int i) { return i < sizes.num_tokens ? i : -1; });
   __syncthreads();
 
@@ -219,10 +218,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
       float score[N][4];
       score_tokens<T, D, N>(operands, tile, tokens, score);
       if (tile == 0) infinite = has_infinity(score);
-      if (infinite) {
-        repair_scores(score, key, centroids, 16 * tile, sizes,
-                      [&](int i) { return first + i < end ? first + i : -1; });
-      }
+      if (infinite) repair_scores(operands, tile, tokens, score);
       uint32_t mask[2];  // one bit per key of this thread, for both its groups
       int place[2], own[2];
 #pragma unroll

@@ -65,23 +65,46 @@ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
   mma<8>(c, a, b, [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
 }
 
-uint4 load_matrices_transposed(uint32_t address) {
+namespace {
+
+struct Position {
+  int row, column;
+};
+
+// Four 8x8 matrices. A lane gets the two elements position_of(lane / 4, element of its
+// pair) of each.
+template <typename PositionOf>
+uint4 load_four(uint32_t address, PositionOf&& position_of) {
   struct LoadMatrices {
     uint16_t row[8];
     uint32_t words[4];
   } own;
   const uint4 row = load_shared_16_bytes(address);
   std::memcpy(own.row, &row, sizeof(row));
-  emulation::exchange(~0u, own, [](const emulation::Lanes<LoadMatrices>& all) {
+  emulation::exchange(~0u, own, [&](const emulation::Lanes<LoadMatrices>& all) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const int row = 8 * matrix + 2 * (lane % 4), column = lane / 4;
-        all[lane].words[matrix] =
-            all[row].row[column] | static_cast<uint32_t>(all[row + 1].row[column]) << 16;
+        uint32_t word = 0;
+        for (int i = 0; i < 2; ++i) {
+          const Position at = position_of(lane / 4, 2 * (lane % 4) + i);
+          word |= static_cast<uint32_t>(all[8 * matrix + at.row].row[at.column])
+                  << 16 * i;
+        }
+        all[lane].words[matrix] = word;
       }
     }
   });
   return {own.words[0], own.words[1], own.words[2], own.words[3]};
+}
+
+}  // namespace
+
+uint4 load_matrices(uint32_t address) {
+  return load_four(address, [](int own, int of_pair) { return Position{own, of_pair}; });
+}
+
+uint4 load_matrices_transposed(uint32_t address) {
+  return load_four(address, [](int own, int of_pair) { return Position{of_pair, own}; });
 }
 
 }  // namespace mmdgt::ptx

@@ -51,6 +51,7 @@ void store_shared(uint32_t address, T x) {
   *reinterpret_cast<T*>(shared_memory(address, sizeof(T))) = x;
 }
 
+uint4 load_matrices(uint32_t address);
 uint4 load_matrices_transposed(uint32_t address);
 
 inline void copy_async(uint32_t shared, const void* source, int bytes, bool valid) {
