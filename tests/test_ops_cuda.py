@@ -281,6 +281,20 @@ def test_attention_of_any_scale(scale, L):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('size', [8.0, 30.0])
+def test_attention_to_scores_far_above_those_of_the_first_keys(size, dtype):
+    q, k, v = projection(1, 2, 300, 32, dtype)
+    q, k = q * size, k * size
+    group, index = random_choice(1, 2, 300, 7, 150)
+    expected, expected_lse = attend_with_grads(
+        q, k, v, group, index, 0.2, v, torch.float64
+    )
+    out, lse = ops.group_attention(q, k, v, group, index, 0.2)
+    assert error(out, expected[0]) < 1e-2
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('L', [150, 600])
 def test_large_inputs_stay_finite(dtype, L):
     q, k, v = (x * 1e3 for x in projection(1, 2, L, 32, dtype))
