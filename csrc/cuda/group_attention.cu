@@ -35,12 +35,17 @@ struct Memory {
   }
 };
 
+// Warps of a multiprocessor.
+template <typename T, int D>
+constexpr int kResidentWarps = D * sizeof(T) > 64 ? 16 : 24;
+
 // A block serves tiles blockIdx.x, blockIdx.x + gridDim.x, ... of its head, 16
 // queries per warp, all of one group, whose keys come in stages. While it computes
 // with one stage, the next one is copied and the tokens of the one after are looked
 // up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 24 / kWarps)
+__global__ void __launch_bounds__(32 * kWarps,
+                                  D * sizeof(T) > 64 ? 1 : kResidentWarps<T, D> / kWarps)
     attend_kernel(Forward<T> to, const int* __restrict__ order,
                   const int4* __restrict__ tiles, int num_tiles) {
   constexpr int kQueries = 16 * kWarps;
@@ -182,7 +187,9 @@ __global__ void __launch_bounds__(32 * kWarps, D * sizeof(T) > 64 ? 1 : 24 / kWa
     const auto [group, begin, end, unused] = tiles[i];
     const int* chosen = index + group * sizes.num_keys;
     for (int at = begin + 16 * warp; at < min(begin + 16 * warp + 16, end); ++at) {
-      if (!isnan(logsumexp[order[at]])) continue;
+      const bool done = !isnan(logsumexp[order[at]]);
+      __syncwarp();  // before it is written
+      if (done) continue;
       attend_row<T, D>(to, order[at], sizes.num_keys, [&](int k) {
         return min(max(chosen[k], 0), sizes.num_tokens - 1);
       });
@@ -225,12 +232,14 @@ std::tuple<at::Tensor, at::Tensor> group_attention_cuda(
       constexpr int kWarps = decltype(block)::value;
       constexpr int kKeys = decltype(stage)::value;
       const int64_t tiles = sorted.tiles.size(2);
-      launch(attend_kernel<T, kWidth, kWarps, kKeys>,
-             grid_of_heads(resident_blocks(tiles, 16 / kWarps, query), query),
-             32 * kWarps, Memory<T, kWidth, kWarps, kKeys>::kBytes, to,
-             sorted.order.const_data_ptr<int>(),
-             static_cast<const int4*>(sorted.tiles.const_data_ptr()),
-             static_cast<int>(tiles));
+      launch(
+          attend_kernel<T, kWidth, kWarps, kKeys>,
+          grid_of_heads(resident_blocks(tiles, kResidentWarps<T, kWidth> / kWarps, query),
+                        query),
+          32 * kWarps, Memory<T, kWidth, kWarps, kKeys>::kBytes, to,
+          sorted.order.const_data_ptr<int>(),
+          static_cast<const int4*>(sorted.tiles.const_data_ptr()),
+          static_cast<int>(tiles));
     });
   });
   return {out, logsumexp};
