@@ -15,7 +15,7 @@ constexpr int kWarps = kThreads / 32;
 // query (B,H,L,D), centroids (H,G,D) -> group (B,H,L). A block serves `chunk`
 // tokens of one head of one image.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
     assign_kernel(Rows<const T> query, const float* __restrict__ centroids,
                   int* __restrict__ group, Sizes sizes, int chunk) {
   constexpr int N = kTokenTiles<T, D>;

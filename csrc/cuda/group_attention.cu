@@ -37,15 +37,16 @@ struct Memory {
 
 // Warps of a multiprocessor.
 template <typename T, int D>
-constexpr int kResidentWarps = D * sizeof(T) > 64 ? 16 : 24;
+constexpr int kResidentWarps = D * sizeof(T) == 64    ? 24
+                               : D * sizeof(T) == 128 ? 12
+                                                      : 8;
 
 // A block serves tiles blockIdx.x, blockIdx.x + gridDim.x, ... of its head, 16
 // queries per warp, all of one group, whose keys come in stages. While it computes
 // with one stage, the next one is copied and the tokens of the one after are looked
 // up, across the bounds of tiles, so that nothing waits for device memory.
 template <typename T, int D, int kWarps, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps,
-                                  D * sizeof(T) > 64 ? 1 : kResidentWarps<T, D> / kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kResidentWarps<T, D> / kWarps)
     attend_kernel(Forward<T> to, const int* __restrict__ order,
                   const int4* __restrict__ tiles, int num_tiles) {
   constexpr int kQueries = 16 * kWarps;

@@ -76,7 +76,7 @@ __device__ __forceinline__ void score_rows(const CentroidOperands<T, D>& operand
 // (B,H,G) and sets the numbers of candidates, count (B,H,G), to zero. Without
 // samples everything becomes a candidate.
 template <typename T, int D, int kSamples, int kRows>
-__global__ void __launch_bounds__(kThreads, D * sizeof(T) > 64 ? 1
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) > 64 ? 2
                                             : kSamples > 512   ? 3
                                                                : 4)
     sample_kernel(Rows<const T> key, const float* __restrict__ centroids,
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) > 64 ? 1
 // index (B,H,G,K) by token, at once for up to kTokens keys. A block serves 16 groups
 // of one head, a team of kTeam lanes one after the other.
 template <typename T, int D, int kTokens, int kTeam>
-__global__ void __launch_bounds__(kTeam * 16)
+__global__ void __launch_bounds__(kTeam * 16, kTeam == 32 ? 2 : 5)
     select_few_kernel(Rows<const T> key, const float* __restrict__ centroids,
                       int* __restrict__ index, Sizes sizes) {
   constexpr int kRows = 16;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kTeam * 16)
 // count (B,H,G), which may exceed the capacity. A block serves `chunk` keys of one
 // head.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
     collect_kernel(Rows<const T> key, const float* __restrict__ centroids,
                    const Threshold* __restrict__ threshold, int* __restrict__ count,
                    Candidate* __restrict__ candidates, Sizes sizes, int capacity,
