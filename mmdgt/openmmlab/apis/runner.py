@@ -54,7 +54,7 @@ def build_runner(cfg: Config) -> Runner:
         raise ValueError(
             'model_wrapper_cfg must not be FSDP: the checkpoints of this Runner would'
             " hold the share of one process. Leave it out for DDP, or take mmengine's"
-            ' FlexibleRunner with FSDPStrategy'
+            ' FlexibleRunner with the strategy FullStateFSDPStrategy'
         )
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
     return (CPURunner if on_cpu else StrictRunner).from_cfg(cfg)

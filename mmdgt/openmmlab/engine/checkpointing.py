@@ -1,6 +1,7 @@
 """Checkpoints that are there when they are needed."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -167,7 +168,9 @@ class AtomicCheckpointHook(CheckpointHook):
             self._write(_WholeFiles(runner), INTERIM.format(iteration), meta)
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
-        if bad := not_finite(dict(runner.model.named_parameters())):
+        bad = not_finite(dict(runner.model.named_parameters()))
+        # Under FSDP each process has a share: all of them stop, or none.
+        if bad := list(dict.fromkeys(itertools.chain(*all_gather_object(bad)))):
             raise FloatingPointError(
                 f'after iteration {meta["iter"]} these weights are not finite, so no'
                 f' checkpoint is written: {some(bad)}. Go on from the last one with a'
