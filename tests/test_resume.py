@@ -170,13 +170,23 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, None])
-def test_the_process_ends_with_its_workers(tmp_path, number):
+@pytest.mark.parametrize('forked', [False, True])
+def test_the_process_ends_with_its_workers(tmp_path, number, forked):
     """After a signal with status 0, after an error with another; it never hangs."""
     hook = f'test_resume.InterruptAt(2, {number and int(number)})'
     make = f'test_resume.make({str(tmp_path)!r}, hooks=[{hook}], workers=2)'
+    start = 'train()'
+    if forked:  # as by torch.multiprocessing
+        start = 'p = Process(target=train); p.start(); p.join(); exit(p.exitcode)'
+    code = f"""
+from multiprocessing import Process
+import test_resume
+def train():
+    {make}.train()
+{start}"""
     paths = [str(REPOSITORY / 'tests'), *sys.path]
     ended = subprocess.run(
-        [sys.executable, '-c', f'import test_resume; {make}.train()'],
+        [sys.executable, '-c', code],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
         timeout=300,
         capture_output=True,
