@@ -257,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(1)  # before processes are forked
     import_module('mmseg.models')  # once for all of them
     import_module('mmpretrain.models')
-    results = []
+    where, results = machine('cpu'), []  # before a result changes the tree
     with tempfile.TemporaryDirectory() as folder:
         for name, (base, data, last, changes) in RUNS.items():
             for processes in (1, 2):
@@ -269,7 +269,7 @@ def main() -> None:
                 run = Run(config, (args.data / data).resolve(), work_dir, processes)
                 found = prove(run, last, args.kills)
                 results.append(dict(run=name, processes=processes, **found))
-                save(out, machine('cpu'), results=results)
+                save(out, where, results=results)
 
 
 if __name__ == '__main__':
