@@ -196,8 +196,10 @@ def train():
 
 @pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
 def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, loop):
+    handlers = [signal.getsignal(number) for number in resume.SIGNALS]
     with pytest.raises(RuntimeError, match='killed'):
         make(tmp_path, loop, [InterruptAt(5, None)]).train()
+    assert [signal.getsignal(number) for number in resume.SIGNALS] == handlers
     make(tmp_path, loop, resume=True).train()
     name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
