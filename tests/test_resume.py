@@ -251,24 +251,43 @@ def test_the_scale_of_float16_goes_on(tmp_path, float16):
     assert steps and max(steps) < 8, (steps, scaler)
 
 
+def validation(folder):
+    """Settings of a Runner that validates every second iteration."""
+    return dict(
+        loop=dict(ITERATIONS, val_interval=2),
+        val_dataloader=dict(
+            batch_size=1,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=Augmented(),
+        ),
+        val_cfg=dict(),
+        val_evaluator=dict(type='DumpResults', out_file_path=str(folder / 'x.pkl')),
+    )
+
+
 def test_validation_does_not_change_what_training_draws(tmp_path, whole):
     """So that a run that is resumed behind a validation needs none."""
-    loader = dict(
-        batch_size=1,
-        num_workers=0,
-        collate_fn=dict(type='default_collate'),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        dataset=Augmented(),
-    )
-    make(
-        tmp_path,
-        dict(ITERATIONS, val_interval=2),
-        val_dataloader=loader,
-        val_cfg=dict(),
-        val_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'x.pkl')),
-    ).train()
-    ours, theirs = final(tmp_path), final(whole[False])
-    assert_same_bits(ours, theirs)
+    make(tmp_path, **validation(tmp_path)).train()
+    assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+def test_a_signal_in_validation_leaves_what_was_saved_before(tmp_path, whole):
+    class Interrupt(Hook):
+        seen = 0
+
+        def before_val_iter(self, runner, batch_idx, data_batch=None):
+            self.seen += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stop = Interrupt()
+    with pytest.raises(Interrupted):
+        make(tmp_path, hooks=[stop], **validation(tmp_path)).train()
+    assert stop.seen == 1
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'interim_2.pth')
+    make(tmp_path, resume=True, **validation(tmp_path)).train()
+    assert_same_bits(final(tmp_path), final(whole[False]))
 
 
 def test_samples_do_not_depend_on_workers():
