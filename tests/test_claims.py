@@ -295,3 +295,35 @@ def test_real_pictures():
     assert (low, high) == (min(score.values()), max(score.values()))
     assert f'the mIoU goes from {low} with 16 keys to {high} with 256' in page
     assert score[32] == rows[0]['runs'][0]['score']
+
+
+def test_what_can_be_relied_on():
+    page = ' '.join((REPOSITORY / 'docs/reliability.md').read_text().split())
+    runs = load(REPOSITORY / 'docs/reliability/resume.json')['results']
+    assert {run['processes'] for run in runs} == {1, 2}
+    kills = [sum(run['kills'].values()) for run in runs]
+    assert all(run['same_bits'] for run in runs) and min(kills) == max(kills)
+    compared = sum(run['compared'] for run in runs)
+    assert (
+        f'{sum(kills)} such interruptions, {kills[0]} in each of {len(runs)} trainings,'
+        f' in one process and in two: all {compared} runs'
+    ) in page
+
+    (calls,) = load(MEASUREMENTS / 'fuzz_cpu.json')['results']
+    assert (
+        f'{calls["calls"]:,} random calls in `docs/measurements/fuzz_cpu.json`,'
+        f' {calls["by kernels"]:,} of them by kernels and {calls["with poison"]:,} with'
+        f' rows that are not finite'
+    ) in page
+
+    (load_test,) = load(REPOSITORY / 'docs/reliability/page_load.json')['results']
+    memory = load_test['memory_mib']
+    for told in (
+        f'{load_test["served"]} served, {load_test["refused by name"]} refused',
+        f'{load_test["asked to come back later"]} asked to come back later',
+        f'{load_test["lost"]} lost, {load_test["named a folder"]} answers',
+        f'answers took up to {load_test["seconds_to_answer"]["p50"]:.0f} s',
+        f'at most {memory["middle_third"]} MiB in the second third of the time and'
+        f' {memory["last_third"]} MiB in the last',
+    ):
+        assert told in page, told
