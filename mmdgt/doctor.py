@@ -134,7 +134,10 @@ def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
             yield Finding(cause, INSTALL, fails=bool(there))
             return
     deep = [f'{name}.models' for name in (*frameworks, 'mmdgt')]
-    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.openmmlab'):
+    # A framework refuses an mmcv when it is imported, so before its operators, which
+    # take long to build, are asked for.
+    modules = ('mmengine', 'mmcv', *frameworks, 'mmcv._ext', *deep, 'mmdgt.openmmlab')
+    for module in modules:
         if error := import_error(module):
             if module == 'mmcv._ext':
                 finding = without_mmcv_operators(error, installed['mmcv'], frameworks)
