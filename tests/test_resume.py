@@ -391,6 +391,18 @@ def test_a_difference_is_found():
         assert prove_resume.difference(state, changed) == where
 
 
+def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
+    make(tmp_path, dict(ITERATIONS, max_iters=3)).train()
+    saved = torch.load(tmp_path / 'iter_3.pth', weights_only=True)
+    saved['message_hub']['runtime_info']['state_of_training']['random'] *= 2
+    torch.save(saved, tmp_path / 'iter_3.pth')
+    rest = make(tmp_path, resume=True)
+    rest.train()
+    log = next(tmp_path.glob(f'{rest.timestamp}*/*.log')).read_text()
+    assert 'The checkpoint is of 2 processes, this run has 1' in log
+    assert (tmp_path / 'iter_8.pth').is_file()
+
+
 def test_nothing_to_resume(tmp_path):
     assert checkpoints.newest_checkpoint(tmp_path) is None
     make(tmp_path, dict(ITERATIONS, max_iters=1), resume=True).train()
