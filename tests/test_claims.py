@@ -273,6 +273,17 @@ def test_the_ablations():
     ) in page
 
 
+def test_distillation():
+    rows = load(REPOSITORY / 'docs/comparisons/demo_comparison.json')['results']
+    page = ' '.join((REPOSITORY / 'docs/distillation.md').read_text().split())
+    random, distilled = rows
+    for row, title in ((random, 'from random weights'), (distilled, 'distilled')):
+        assert f'{title} {row["mean"]} ± {row["spread"]}' in page
+    scores = [[run['score'] for run in row['runs']] for row in rows]
+    assert f'after {random["iterations"]} iterations' in page
+    assert min(scores[1]) > max(scores[0])
+
+
 def test_real_pictures():
     rows = load(REPOSITORY / 'docs/comparisons/camvid_half.json')['results']
     page = ' '.join((REPOSITORY / 'docs/real_pictures.md').read_text().split())
