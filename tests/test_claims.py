@@ -273,6 +273,18 @@ def test_the_ablations():
     ) in page
 
 
+def test_neighbours():
+    results = load(BENCHMARKS / 'neighbours.json')['rows']
+    page = (REPOSITORY / 'docs/training.md').read_text()
+    for spin, *cells in table('| GOMP_SPINCOUNT | alone |', page):
+        spin = 'default' if spin == 'unset' else spin
+        for load_of, cell in zip(('none', 'niced', 'equal'), cells, strict=True):
+            wanted = {'GOMP_SPINCOUNT': spin, 'load': load_of}
+            steps = [x['step_s'] for x in results if wanted.items() <= x.items()]
+            for printed, step in zip(cell.split(', '), steps, strict=True):
+                assert rounded(printed, step), wanted
+
+
 def test_distillation():
     rows = load(REPOSITORY / 'docs/comparisons/demo_comparison.json')['results']
     page = ' '.join((REPOSITORY / 'docs/distillation.md').read_text().split())
