@@ -239,6 +239,12 @@ def test_another_norm_without_gradients():
             norm.eval(), plain.eval()
 
 
+def test_one_pixel_has_no_variance():
+    norm = nn.BatchNorm2d(16).train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        norm_of_gelu(norm, torch.randn(1, 16, 1, 1))
+
+
 def test_where_the_kernels_serve():
     x = torch.ones(1, 16, 2, 2)
     assert serves(x) and serves(x.bfloat16())
