@@ -22,7 +22,7 @@ SOURCES := setup.py $(KERNELS)
 
 # Threads that wait long give their core away: spinning, two threads on two cores
 # stall whenever another process takes one of them.
-export GOMP_SPINCOUNT := 20000
+export GOMP_SPINCOUNT := 5000
 
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1

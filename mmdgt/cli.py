@@ -25,6 +25,7 @@ COMMANDS = {
     'config': ('mmdgt.configs', 'print the path of a config, or the names of all'),
     'doctor': ('mmdgt.doctor', 'say what is wrong with the installation'),
 }
+BROUGHT = (*OPENMMLAB, 'cv2')  # what comes with OpenMMLab
 
 
 def main() -> int | None:
@@ -47,7 +48,7 @@ def main() -> int | None:
     try:
         return run_command(importlib.import_module(COMMANDS[args.command][0]).main)
     except ModuleNotFoundError as error:
-        if error.name not in OPENMMLAB:
+        if error.name not in BROUGHT:
             raise
         parser.error(
             f'{args.command} needs {error.name}, which is not installed: pip install'

@@ -1,9 +1,16 @@
 """How a command ends: by a message if the user can do something about it."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+OF_CHECKS = (ValueError, OSError, ImportError, FloatingPointError)
+# In the text of a traceback: the file and line of its last frame, and the message.
+IN_WORKER = re.compile(
+    r'^  File "(.+)", line \d+, in .+\n    (.*)\n(?:    .*\n)*\w\S*: ((?:.+\n?)+)', re.M
+)
 
 
 def run_command(main: Callable[[], int | None]) -> int | None:
@@ -20,11 +27,14 @@ def run_command(main: Callable[[], int | None]) -> int | None:
     rooms = {Path(__file__).parent, Path(main.__code__.co_filename).resolve().parent}
     try:
         return main()
-    except (ValueError, OSError, ImportError) as error:
-        ours = [e for e in _causes(error) if _is_raised_in(e, rooms)]
-        if not ours:
+    except Exception as error:
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from None  # of which a framework made an error
+        told = [said for cause in causes for said in _said_by_checks(cause, rooms)]
+        if not told or not isinstance(error, OF_CHECKS):
             raise
-        sys.exit(f'{Path(sys.argv[0]).name}: {ours[0]}')
+        sys.exit(f'{Path(sys.argv[0]).name}: {told[0]}')
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -34,9 +44,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _is_raised_in(error: BaseException, rooms: set[Path]) -> bool:
-    """Whether a ``raise`` in files below the folders made an error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not (frames[-1].line or '').startswith('raise '):
-        return False
-    return not rooms.isdisjoint(Path(frames[-1].filename).resolve().parents)
+def _said_by_checks(error: BaseException, rooms: set[Path]) -> Iterator[str]:
+    """What an error says, if a ``raise`` in files below the folders made it.
+
+    Of an error in a worker of a data loader torch keeps the traceback as a text, in
+    the message of another.
+    """
+    found = IN_WORKER.findall(str(error))[::-1]
+    if frames := traceback.extract_tb(error.__traceback__):
+        found = [(frames[-1].filename, frames[-1].line or '', str(error)), *found]
+    for file, line, said in found:
+        if line.startswith('raise ') and rooms & set(Path(file).resolve().parents):
+            yield said.strip()

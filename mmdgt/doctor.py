@@ -1,4 +1,4 @@
-"""Say what is installed and what is wrong with it: python -m mmdgt.doctor.
+"""Say what is installed and what is wrong with it: ``mmdgt doctor``.
 
 The exit status is 1 where something has to be fixed. Nothing but the standard
 library is imported before it is looked at, so that no broken package keeps this
@@ -134,7 +134,10 @@ def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:
             yield Finding(cause, INSTALL, fails=bool(there))
             return
     deep = [f'{name}.models' for name in (*frameworks, 'mmdgt')]
-    for module in ('mmengine', 'mmcv', 'mmcv._ext', *deep, 'mmdgt.openmmlab'):
+    # A framework refuses an mmcv when it is imported, so before its operators, which
+    # take long to build, are asked for.
+    modules = ('mmengine', 'mmcv', *frameworks, 'mmcv._ext', *deep, 'mmdgt.openmmlab')
+    for module in modules:
         if error := import_error(module):
             if module == 'mmcv._ext':
                 finding = without_mmcv_operators(error, installed['mmcv'], frameworks)
@@ -311,7 +314,7 @@ def inventory() -> Iterator[tuple[str, str]]:
 def main() -> int:
     """Print what is installed and what is found, return the exit status."""
     argparse.ArgumentParser(
-        prog='python -m mmdgt.doctor', description=__doc__.splitlines()[0]
+        prog='mmdgt doctor', description=__doc__.partition(':')[0]
     ).parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what they say is found below

@@ -185,6 +185,21 @@ def test_a_compiled_loop_is_told_before_its_evaluation(untold):
         layer.eval()
 
 
+def test_an_empty_group_splits_the_next_largest():
+    """The r-th of a head the r-th largest, the lower of equal ones first, and round."""
+    layer = DynamicGroupAttention(8, 2, num_groups=5, num_keys=3)
+    counts = np.array([[0, 7, 0, 9, 0], [4, 0, 4, 0, 4]])
+    before = to_numpy(layer.centroids)
+    layer.group_counts.copy_(torch.from_numpy(counts))
+    layer.group_sums.copy_(layer.centroids * layer.group_counts[..., None])
+    update_centroids(layer, 0.5, reseed=True)
+    expected = before.copy()  # the means are where the centroids were
+    for h, splits in enumerate(({0: 3, 2: 1, 4: 3}, {1: 0, 3: 2})):
+        for empty, largest in splits.items():
+            expected[h, empty] = loops.unit(before[h, largest] + 0.1 * before[h, empty])
+    np.testing.assert_allclose(to_numpy(layer.centroids), expected, atol=1e-6)
+
+
 @pytest.fixture(scope='module')
 def documented():
     """What the code of docs/attention.md defines."""

@@ -273,6 +273,29 @@ def test_the_ablations():
     ) in page
 
 
+def test_neighbours():
+    results = load(BENCHMARKS / 'neighbours.json')['rows']
+    page = (REPOSITORY / 'docs/training.md').read_text()
+    for spin, *cells in table('| GOMP_SPINCOUNT | alone |', page):
+        spin = 'default' if spin == 'unset' else spin
+        for load_of, cell in zip(('none', 'niced', 'equal'), cells, strict=True):
+            wanted = {'GOMP_SPINCOUNT': spin, 'load': load_of}
+            steps = [x['step_s'] for x in results if wanted.items() <= x.items()]
+            for printed, step in zip(cell.split(', '), steps, strict=True):
+                assert rounded(printed, step), wanted
+
+
+def test_distillation():
+    rows = load(REPOSITORY / 'docs/comparisons/demo_comparison.json')['results']
+    page = ' '.join((REPOSITORY / 'docs/distillation.md').read_text().split())
+    random, distilled = rows
+    for row, title in ((random, 'from random weights'), (distilled, 'distilled')):
+        assert f'{title} {row["mean"]} ± {row["spread"]}' in page
+    scores = [[run['score'] for run in row['runs']] for row in rows]
+    assert f'after {random["iterations"]} iterations' in page
+    assert min(scores[1]) > max(scores[0])
+
+
 def test_real_pictures():
     rows = load(REPOSITORY / 'docs/comparisons/camvid_half.json')['results']
     page = ' '.join((REPOSITORY / 'docs/real_pictures.md').read_text().split())
@@ -295,3 +318,35 @@ def test_real_pictures():
     assert (low, high) == (min(score.values()), max(score.values()))
     assert f'the mIoU goes from {low} with 16 keys to {high} with 256' in page
     assert score[32] == rows[0]['runs'][0]['score']
+
+
+def test_what_can_be_relied_on():
+    page = ' '.join((REPOSITORY / 'docs/reliability.md').read_text().split())
+    runs = load(REPOSITORY / 'docs/reliability/resume.json')['results']
+    assert {run['processes'] for run in runs} == {1, 2}
+    kills = [sum(run['kills'].values()) for run in runs]
+    assert all(run['same_bits'] for run in runs) and min(kills) == max(kills)
+    compared = sum(run['compared'] for run in runs)
+    assert (
+        f'{sum(kills)} such interruptions, {kills[0]} in each of {len(runs)} trainings,'
+        f' in one process and in two: all {compared} runs'
+    ) in page
+
+    (calls,) = load(MEASUREMENTS / 'fuzz_cpu.json')['results']
+    assert (
+        f'{calls["calls"]:,} random calls in `docs/measurements/fuzz_cpu.json`,'
+        f' {calls["by kernels"]:,} of them by kernels and {calls["with poison"]:,} with'
+        f' rows that are not finite'
+    ) in page
+
+    (load_test,) = load(REPOSITORY / 'docs/reliability/page_load.json')['results']
+    memory = load_test['memory_mib']
+    for told in (
+        f'{load_test["served"]} served, {load_test["refused by name"]} refused',
+        f'{load_test["asked to come back later"]} asked to come back later',
+        f'{load_test["lost"]} lost, {load_test["named a folder"]} answers',
+        f'answers took up to {load_test["seconds_to_answer"]["p50"]:.0f} s',
+        f'at most {memory["middle_third"]} MiB in the second third of the time and'
+        f' {memory["last_third"]} MiB in the last',
+    ):
+        assert told in page, told

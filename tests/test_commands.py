@@ -1,5 +1,6 @@
 """How commands end: a message where it helps, a traceback where it does not."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import pytest
 
 START = """
 import sys
+from torch.utils.data import DataLoader
 from mmdgt.commands import run_command
 
 def check(x):
@@ -21,8 +23,21 @@ def check(x):
         raise TypeError('of ours, and a defect')
     if x == 'library':
         json.loads('{')
+    if x == 'not finite':
+        raise FloatingPointError('expected good, got bad')
+
+class Checked(list):
+    def __getitem__(self, index):
+        check(super().__getitem__(index))
 
 def main():
+    if sys.argv[1] == 'interrupted':
+        try:
+            raise KeyboardInterrupt
+        except:
+            raise SyntaxError('failed to format the config')
+    if sys.argv[1] == 'in a worker':
+        list(DataLoader(Checked(sys.argv[2:]), num_workers=1))
     if sys.argv[1] == 'again':
         try:
             check('bad')
@@ -40,25 +55,34 @@ def end(tmp_path):
         'import json\n' + textwrap.dedent(START) + 'run_command(main)\nprint("end")\n'
     )
 
-    def call(argument):
+    def call(*arguments):
         done = subprocess.run(
-            [sys.executable, file, argument], capture_output=True, text=True
+            [sys.executable, file, *arguments], capture_output=True, text=True
         )
         return done.returncode, done.stdout, done.stderr
 
     return call
 
 
-@pytest.mark.parametrize('argument', ['bad', 'again'])
-def test_a_check_of_ours_is_told_without_a_traceback(end, argument):
+@pytest.mark.parametrize('arguments', ['bad', 'again', 'not finite', 'in a worker,bad'])
+def test_a_check_of_ours_is_told_without_a_traceback(end, arguments):
     """Also where a framework raised its message anew, as when it builds a model."""
-    assert end(argument) == (1, '', 'command.py: expected good, got bad\n')
+    told = end(*arguments.split(','))
+    assert told == (1, '', 'command.py: expected good, got bad\n')
 
 
-@pytest.mark.parametrize('argument', ['number', 'type', 'library'])
-def test_what_nobody_expected_keeps_its_traceback(end, argument):
-    status, _, told = end(argument)
+@pytest.mark.parametrize(
+    'arguments', ['number', 'type', 'library', 'in a worker,number', 'in a worker,type']
+)
+def test_what_nobody_expected_keeps_its_traceback(end, arguments):
+    status, _, told = end(*arguments.split(','))
     assert status == 1 and 'Traceback' in told
+
+
+def test_an_interruption_stays_one(end):
+    """mmengine turns whatever ends the formatting of a config into a SyntaxError."""
+    status, _, told = end('interrupted')
+    assert status == -signal.SIGINT and 'SyntaxError' not in told
 
 
 def test_a_command_that_works(end):

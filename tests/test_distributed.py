@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, free_port
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
@@ -17,6 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdgt import DGT, update_centroids
 from mmdgt.models import DynamicGroupAttention
+from mmdgt.openmmlab.apis.runner import build_runner
+from mmdgt.openmmlab.checkpoints import load_weights
+
+sys.path.insert(0, str(REPOSITORY / 'tools'))
+
+import prove_resume
 
 ARCH = dict(
     dims=(16, 32, 64, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4), stem_dims=8
@@ -220,26 +227,33 @@ def test_a_process_without_queries_harms_nobody(on_two_ranks, nothing):
     torch.testing.assert_close(first, train_layer(images))
 
 
-def train_sharded(work_dir):
-    """Two iterations; the processes' shares of the parameters, and the buffers."""
-    runner = FlexibleRunner(
+def make_sharded(work_dir, max_iters, optimizer, **settings):
+    return FlexibleRunner(
         model=make_model(),
-        work_dir=work_dir,
+        work_dir=str(work_dir),
         launcher='pytorch',
         strategy=dict(
-            type='FSDPStrategy',
+            type='FullStateFSDPStrategy',
             model_wrapper=dict(
                 type='MMFullyShardedDataParallel', device_id=torch.device('cpu')
             ),
         ),
         train_dataloader=LOADER,
-        train_cfg=dict(by_epoch=False, max_iters=2),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=2.0)),
-        custom_hooks=[dict(type='CentroidHook')],
-        default_hooks=dict(checkpoint=None),
+        train_cfg=dict(by_epoch=False, max_iters=max_iters),
+        optim_wrapper=dict(optimizer=optimizer),
+        custom_hooks=[dict(type='CentroidHook'), dict(type='PlainCheckpointHook')],
         log_processor=dict(by_epoch=False),
         default_scope='mmengine',
+        experiment_name=f'{work_dir}_{max_iters}',
+        **settings,
     )
+
+
+def train_sharded(work_dir):
+    """Two iterations; the processes' shares of the parameters, and the buffers."""
+    no_checkpoint = dict(checkpoint=None)
+    sgd = dict(type='SGD', lr=2.0)
+    runner = make_sharded(work_dir, 2, sgd, default_hooks=no_checkpoint)
     runner.train()
     size = sum(p.numel() for p in runner.model.parameters())
     return size, dict(runner.model.module.named_buffers())
@@ -270,3 +284,47 @@ def test_fully_sharded_training_moves_centroids_as_one_process_does(
         if 'centroids' in name:
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], x)
+
+
+def save_sharded(work_dir, max_iters, resume):
+    """Train in shares, save every iteration; returns a loss with the last weights."""
+    checkpoint = dict(type='AtomicCheckpointHook', by_epoch=False, interval=1)
+    runner = make_sharded(
+        work_dir,
+        max_iters,
+        dict(type='AdamW', lr=0.05),
+        resume=resume,
+        default_hooks=dict(checkpoint=checkpoint),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=8),
+    )
+    runner.train()
+    return evaluate(runner.model)
+
+
+@torch.no_grad()
+def evaluate(model):
+    return model.eval()(Images()[0]['images'][None], mode='loss')['loss']
+
+
+def test_fully_sharded_training_saves_and_resumes_in_one_piece(on_two_ranks, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    on_two_ranks(save_sharded, whole, 4, False)
+    on_two_ranks(save_sharded, parts, 2, False)
+    loss, _ = on_two_ranks(save_sharded, parts, 4, True)
+    expected, found = (
+        torch.load(folder / 'iter_4.pth', weights_only=True)
+        for folder in (whole, parts)
+    )
+    assert expected['optimizer']['state']
+    for what in ('state_dict', 'optimizer', 'param_schedulers'):
+        assert prove_resume.difference(expected[what], found[what]) is None
+    model = make_model()
+    load_weights(model, 'iter_4.pth', found['state_dict'])  # all, and finite
+    torch.testing.assert_close(evaluate(model), loss)
+    assert abs(loss - evaluate(make_model())) > 1e-3
+
+
+def test_fsdp_in_a_runner_that_would_save_one_share_is_refused(tmp_path):
+    cfg = Config(dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')))
+    with pytest.raises(ValueError, match=r'must not be FSDP: .* FullStateFSDPStrategy'):
+        build_runner(cfg)

@@ -212,7 +212,7 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
         ('mmengine', "No module named 'pkg_resources'", 'pip install "setuptools<81"'),
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
-        ('mmdet.models', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
+        ('mmdet', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
         ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],
@@ -224,6 +224,14 @@ def test_imports_that_fail(monkeypatch, ill, module, error, fix):
     ((cause, advice),) = ill()
     assert f'{module} does not import' in cause and error in cause
     assert fix in advice
+
+
+def test_no_operators_for_an_mmcv_that_is_refused(monkeypatch, ill):
+    """They take long to build, and for nothing."""
+    fail = {'mmdet': 'AssertionError: MMCV==2.2.0', 'mmcv._ext': 'ModuleNotFoundError'}
+    monkeypatch.setattr(doctor, 'import_error', fail.get)
+    ((cause, fix),) = ill()
+    assert cause.startswith('mmdet does not import') and '"mmcv<2.2"' in fix
 
 
 def test_a_healthy_installation(capsys):

@@ -26,6 +26,24 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert names(file.parent) == ['x.png']
 
 
+def test_it_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
+    tmp_path, monkeypatch
+):
+    flushed, flush, opened = [], os.fsync, len(os.listdir('/proc/self/fd'))
+
+    def record(descriptor):
+        at = os.readlink(f'/proc/self/fd/{descriptor}')
+        flushed.append((os.path.basename(at)[: len(files.PART)], names(tmp_path)))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', record)
+    files.write_text(tmp_path / 'x', 'text')
+    (first, before), (second, after) = flushed
+    assert first == files.PART and 'x' not in before
+    assert second == tmp_path.name[: len(files.PART)] and after == ['x']
+    assert len(os.listdir('/proc/self/fd')) == opened
+
+
 def test_it_has_the_rights_of_any_new_file(tmp_path):
     (tmp_path / 'usual').write_text('')
     files.write_text(tmp_path / 'x', '')

@@ -223,6 +223,28 @@ def test_other_norms_take_the_plain_way(prepare):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_another_norm_without_gradients():
+    """In training it takes the statistics of the batch, not those that it keeps."""
+
+    class Other(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    norm = Other(32).double().train()
+    plain, x = copy.deepcopy(norm), torch.randn(2, 32, 6, 5, dtype=torch.double)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = plain(nn.functional.gelu(x))
+            torch.testing.assert_close(norm_of_gelu(norm, x.clone()), expected)
+            norm.eval(), plain.eval()
+
+
+def test_one_pixel_has_no_variance():
+    norm = nn.BatchNorm2d(16).train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        norm_of_gelu(norm, torch.randn(1, 16, 1, 1))
+
+
 def test_where_the_kernels_serve():
     x = torch.ones(1, 16, 2, 2)
     assert serves(x) and serves(x.bfloat16())

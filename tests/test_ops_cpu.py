@@ -590,14 +590,21 @@ def test_more_than_two_to_the_31_elements():
 
 @pytest.mark.skipif('MMDGT_TEST_ISA' in os.environ, reason='this is that run')
 @pytest.mark.parametrize('isa', ('default', 'avx2', 'avx512'))
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, tmp_path):
     """The tests above and of GELU's norm, with the kernels for lesser machines."""
     best = torch.backends.cpu.get_cpu_capability().lower()
     order = ('default', 'avx2', 'avx512')
     if best not in order or order.index(isa) >= order.index(best):
         pytest.skip(f'{isa} kernels are tested directly or not at all on {best}')
-    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': isa, 'MMDGT_TEST_ISA': isa}
+    environment = {
+        **os.environ,
+        'ATEN_CPU_CAPABILITY': isa,
+        'MMDGT_TEST_ISA': isa,
+        'PYTHONPATH': os.pathsep.join(sys.path),  # the package that is tested here
+    }
     files = __file__, str(Path(__file__).with_name('test_gelu_batch_norm.py'))
     command = [sys.executable, '-m', 'pytest', '-q', '-x', *files]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-3000:]

@@ -170,13 +170,23 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, None])
-def test_the_process_ends_with_its_workers(tmp_path, number):
+@pytest.mark.parametrize('forked', [False, True])
+def test_the_process_ends_with_its_workers(tmp_path, number, forked):
     """After a signal with status 0, after an error with another; it never hangs."""
     hook = f'test_resume.InterruptAt(2, {number and int(number)})'
     make = f'test_resume.make({str(tmp_path)!r}, hooks=[{hook}], workers=2)'
+    start = 'train()'
+    if forked:  # as by torch.multiprocessing
+        start = 'p = Process(target=train); p.start(); p.join(); exit(p.exitcode)'
+    code = f"""
+from multiprocessing import Process
+import test_resume
+def train():
+    {make}.train()
+{start}"""
     paths = [str(REPOSITORY / 'tests'), *sys.path]
     ended = subprocess.run(
-        [sys.executable, '-c', f'import test_resume; {make}.train()'],
+        [sys.executable, '-c', code],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
         timeout=300,
         capture_output=True,
@@ -186,8 +196,10 @@ def test_the_process_ends_with_its_workers(tmp_path, number):
 
 @pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
 def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, loop):
+    handlers = [signal.getsignal(number) for number in resume.SIGNALS]
     with pytest.raises(RuntimeError, match='killed'):
         make(tmp_path, loop, [InterruptAt(5, None)]).train()
+    assert [signal.getsignal(number) for number in resume.SIGNALS] == handlers
     make(tmp_path, loop, resume=True).train()
     name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
@@ -239,24 +251,43 @@ def test_the_scale_of_float16_goes_on(tmp_path, float16):
     assert steps and max(steps) < 8, (steps, scaler)
 
 
+def validation(folder):
+    """Settings of a Runner that validates every second iteration."""
+    return dict(
+        loop=dict(ITERATIONS, val_interval=2),
+        val_dataloader=dict(
+            batch_size=1,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=Augmented(),
+        ),
+        val_cfg=dict(),
+        val_evaluator=dict(type='DumpResults', out_file_path=str(folder / 'x.pkl')),
+    )
+
+
 def test_validation_does_not_change_what_training_draws(tmp_path, whole):
     """So that a run that is resumed behind a validation needs none."""
-    loader = dict(
-        batch_size=1,
-        num_workers=0,
-        collate_fn=dict(type='default_collate'),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        dataset=Augmented(),
-    )
-    make(
-        tmp_path,
-        dict(ITERATIONS, val_interval=2),
-        val_dataloader=loader,
-        val_cfg=dict(),
-        val_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'x.pkl')),
-    ).train()
-    ours, theirs = final(tmp_path), final(whole[False])
-    assert_same_bits(ours, theirs)
+    make(tmp_path, **validation(tmp_path)).train()
+    assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+def test_a_signal_in_validation_leaves_what_was_saved_before(tmp_path, whole):
+    class Interrupt(Hook):
+        seen = 0
+
+        def before_val_iter(self, runner, batch_idx, data_batch=None):
+            self.seen += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stop = Interrupt()
+    with pytest.raises(Interrupted):
+        make(tmp_path, hooks=[stop], **validation(tmp_path)).train()
+    assert stop.seen == 1
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'interim_2.pth')
+    make(tmp_path, resume=True, **validation(tmp_path)).train()
+    assert_same_bits(final(tmp_path), final(whole[False]))
 
 
 def test_samples_do_not_depend_on_workers():
@@ -358,6 +389,18 @@ def test_a_difference_is_found():
         (dict(state, a=[torch.ones(3)]), '/a'),
     ):
         assert prove_resume.difference(state, changed) == where
+
+
+def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
+    make(tmp_path, dict(ITERATIONS, max_iters=3)).train()
+    saved = torch.load(tmp_path / 'iter_3.pth', weights_only=True)
+    saved['message_hub']['runtime_info']['state_of_training']['random'] *= 2
+    torch.save(saved, tmp_path / 'iter_3.pth')
+    rest = make(tmp_path, resume=True)
+    rest.train()
+    log = next(tmp_path.glob(f'{rest.timestamp}*/*.log')).read_text()
+    assert 'The checkpoint is of 2 processes, this run has 1' in log
+    assert (tmp_path / 'iter_8.pth').is_file()
 
 
 def test_nothing_to_resume(tmp_path):

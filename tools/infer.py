@@ -47,7 +47,7 @@ def draw_pictures(predictor: Predictor, pictures: list[Path], out: Path) -> None
 def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
     """Write the video with the predictions, as MP4."""
     video = mmcv.VideoReader(str(path))
-    if not video.width:
+    if video.width <= 0:  # what OpenCV does not open has 0, from OpenCV 5 on -1
         raise ValueError(
             f'{path} is damaged, or neither a picture nor a video that OpenCV reads'
         )
@@ -60,11 +60,11 @@ def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
         for frame in track_iter_progress((iter(video), len(video))):
             writer.write(predictor.draw(frame))
         writer.release()
-        written = len(mmcv.VideoReader(str(part)))  # OpenCV tells of no failure
+        written = mmcv.VideoReader(str(part)).frame_cnt  # OpenCV tells of no failure
         if written != video.position:
             raise OSError(
-                f'{written} of {video.position} frames could be written to {file}; is'
-                f' the disk full?'
+                f'{max(written, 0)} of {video.position} frames could be written to'
+                f' {file}; is the disk full?'
             )
 
 

@@ -115,7 +115,7 @@ def bounded(receive: Receive, most: int) -> Receive:
         try:
             wait = max(deadline - time.monotonic(), 0)
             message = await asyncio.wait_for(receive(), wait)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             return {'type': 'http.disconnect'}
         left -= len(message.get('body', b''))
         complete = not message.get('more_body', False)

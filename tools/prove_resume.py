@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -160,12 +161,12 @@ def train(run: Run, place: dict, kill: tuple) -> None:
         die_in_writing(*kill)
     status = FAILED
     try:
-        build_runner(cfg).train()
+        run_command(lambda: build_runner(cfg).train())
         status = DONE
     except Interrupted:
         status = STOPPED
-    except Exception as error:
-        print(f'{type(error).__name__}: {error}')
+    except (Exception, SystemExit):
+        traceback.print_exc()
     if place and status != FAILED:
         torch.distributed.barrier()
     sys.stdout.flush()
@@ -202,6 +203,11 @@ def attempt(run: Run, kill: tuple = ('never', 0), wait: float | None = None) -> 
     return first.exitcode
 
 
+def end_of_log(run: Run) -> str:
+    """Its last lines, for the folder goes with this process."""
+    return '\n'.join(Path(f'{run.work_dir}.log').read_text().splitlines()[-50:])
+
+
 def prove(run: Run, last: str, kills: int) -> dict:
     """Train without and with interruptions, and compare.
 
@@ -211,7 +217,7 @@ def prove(run: Run, last: str, kills: int) -> dict:
     whole = run._replace(work_dir=run.work_dir / 'whole')
     start = time.perf_counter()
     if attempt(whole) != DONE:
-        raise RuntimeError(f'{whole.work_dir} failed, see its log')
+        raise RuntimeError(f'it failed without a kill:\n{end_of_log(whole)}')
     seconds = time.perf_counter() - start
     expected = state_of(whole.work_dir / last)
     done, compared, ended = Counter(), 0, True
@@ -224,7 +230,7 @@ def prove(run: Run, last: str, kills: int) -> dict:
                 wait = random.uniform(0, seconds)
         status = attempt(part, (kind, random.randint(1, 2)), wait)
         if status == FAILED:
-            raise RuntimeError(f'{part.work_dir} failed after {kind}, see its log')
+            raise RuntimeError(f'it failed after {kind}:\n{end_of_log(part)}')
         if ended := status == DONE:
             compared += 1
             where = difference(expected, state_of(part.work_dir / last))
@@ -251,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(1)  # before processes are forked
     import_module('mmseg.models')  # once for all of them
     import_module('mmpretrain.models')
-    results = []
+    where, results = machine('cpu'), []  # before a result changes the tree
     with tempfile.TemporaryDirectory() as folder:
         for name, (base, data, last, changes) in RUNS.items():
             for processes in (1, 2):
@@ -263,7 +269,7 @@ def main() -> None:
                 run = Run(config, (args.data / data).resolve(), work_dir, processes)
                 found = prove(run, last, args.kills)
                 results.append(dict(run=name, processes=processes, **found))
-                save(out, machine('cpu'), results=results)
+                save(out, where, results=results)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 # camvid.py with every backbone half as wide, for a machine with little time.
 _base_ = 'camvid.py'
 comparison = dict(heading='Backbones of half the width on CamVid')
-iterations = 80
-learning_rates = dict(share=0.5)
+iterations = 200
+learning_rates = dict(share=0.25)
 variants = dict(
     dgt_t=dict(
         settings=dict(
@@ -51,9 +51,9 @@ variants = dict(
     ),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=10),
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
     dict(
-        type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=10, end=iterations
+        type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=20, end=iterations
     ),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)

@@ -34,6 +34,7 @@ from ..checkpoints import (
     read_checkpoint,
     secure_framework,
 )
+from ..engine.checkpointing import AtomicCheckpointHook
 from ..engine.resume import RESUMABLE, resumable, steady
 from ..picture_files import check_pictures
 
@@ -54,7 +55,7 @@ def build_runner(cfg: Config) -> Runner:
         raise ValueError(
             'model_wrapper_cfg must not be FSDP: the checkpoints of this Runner would'
             " hold the share of one process. Leave it out for DDP, or take mmengine's"
-            ' FlexibleRunner with FSDPStrategy'
+            ' FlexibleRunner with the strategy FullStateFSDPStrategy'
         )
     on_cpu = cfg.launcher == 'pytorch' and get_device() == 'cpu'
     return (CPURunner if on_cpu else StrictRunner).from_cfg(cfg)
@@ -93,6 +94,15 @@ class StrictRunner(Runner):
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader that neither signals nor other loaders disturb."""
         return steady(Runner.build_dataloader(*args, **kwargs))
+
+    def train(self) -> nn.Module:
+        """Train; whatever ends it, signals do then what they did before."""
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, AtomicCheckpointHook):
+                    hook.stop_listening()
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop so that it can go on anywhere, and look at its pictures."""

@@ -12,6 +12,7 @@ from .hooks import (
 )
 from .label_maps import CheckLabelMap
 from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor
+from .sharded import FullStateFSDPStrategy
 
 register_flop_counters()
 
@@ -20,6 +21,7 @@ __all__ = [
     'BFloat16OptimWrapper',
     'CentroidHook',
     'CheckLabelMap',
+    'FullStateFSDPStrategy',
     'GroupVisualizationHook',
     'Interrupted',
     'LabelCheckHook',

@@ -1,6 +1,7 @@
 """Checkpoints that are there when they are needed."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -61,6 +62,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.minutes = minutes
         self.due = False
         self.received: tuple[int, float] | None = None  # the signal, and when
+        self.handlers: dict[int, Any] = {}  # of others, while it listens
 
     def before_train(self, runner: Runner) -> None:
         """Go on from the stored state, if there is one, and listen for signals."""
@@ -78,7 +80,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_distributed():
             self.group = torch.distributed.new_group(backend='gloo')
         self.saved_at, self.saved_iter = time.monotonic(), runner.iter
-        self.received, self.handlers = None, {}
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.handlers[number] = signal.signal(number, self._receive)
@@ -87,7 +89,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_train(self, runner: Runner) -> None:
         """Listen no longer."""
-        self._stop_listening()
+        self.stop_listening()
         super().after_train(runner)
 
     def after_train_iter(
@@ -167,7 +169,9 @@ class AtomicCheckpointHook(CheckpointHook):
             self._write(_WholeFiles(runner), INTERIM.format(iteration), meta)
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
-        if bad := not_finite(dict(runner.model.named_parameters())):
+        bad = not_finite(dict(runner.model.named_parameters()))
+        # Under FSDP each process has a share: all of them stop, or none.
+        if bad := list(dict.fromkeys(itertools.chain(*all_gather_object(bad)))):
             raise FloatingPointError(
                 f'after iteration {meta["iter"]} these weights are not finite, so no'
                 f' checkpoint is written: {some(bad)}. Go on from the last one with a'
@@ -228,13 +232,14 @@ class AtomicCheckpointHook(CheckpointHook):
             raise KeyboardInterrupt
 
     def _leave(self, runner: Runner) -> None:
-        self._stop_listening()
+        self.stop_listening()
         runner.logger.warning(
             f'Interrupted; {self.last_ckpt} is complete. Go on with --resume'
         )
         raise Interrupted(0)
 
-    def _stop_listening(self) -> None:
+    def stop_listening(self) -> None:
+        """Let signals do what they did before; also for those whom an error stops."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}

@@ -5,7 +5,6 @@ that loads it or on what was loaded before, so that loading can start anywhere. 
 random in the main process goes on from its stored state.
 """
 
-import atexit
 import itertools
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,7 +163,8 @@ def steady(loader: DataLoader) -> DataLoader:
     obey the SIGTERM of a main process that ends, or it would wait for them forever.
     """
     leaving = multiprocessing.RawValue('b', 0)
-    atexit.register(setattr, leaving, 'value', 1)
+    # Before multiprocessing ends the workers, which in its own processes atexit is not.
+    Finalize(None, setattr, (leaving, 'value', 1), exitpriority=0)
     loader.generator = torch.Generator()
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn, leaving)
     return loader
