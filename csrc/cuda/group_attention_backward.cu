@@ -297,6 +297,7 @@ __global__ void __launch_bounds__(BackwardBlock<T, D>::kThreads,
             mma(d_query[2 * pair + 1], ds, columns[1]);
           }
         }
+        __syncwarp();  // lanes write what others of their row have read
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = max(query[half], 0);
