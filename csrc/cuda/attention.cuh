@@ -67,6 +67,7 @@ __device__ __forceinline__ float quad_max(float x) {
 template <typename Redo>
 __device__ __forceinline__ void each_row_again(const uint32_t (&again)[2], Redo&& redo) {
   if ((again[0] | again[1]) == 0) return;
+  __syncwarp();  // what other lanes wrote for these rows comes first
   for (int row = 0; row < 16; ++row) {
     if ((row < 8 ? again[0] : again[1]) >> 4 * (row % 8) & 15) redo(row);
   }
