@@ -87,8 +87,9 @@ def tool(tiny_models, call_tool, demo_data, tmp_path):
                 *('--shape', 32, 32),
             ),
         }[name]
-        if name == 'export_onnx':
-            pytest.importorskip('onnxscript')
+        needed = dict(export_onnx='onnxscript', demo_page='gradio')
+        if name in needed:
+            pytest.importorskip(needed[name])
         call_tool(name, *arguments, *more)
 
     return call
