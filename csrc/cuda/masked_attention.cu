@@ -76,7 +76,7 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
   const int padded = (to.sizes.num_tokens + 15) / 16 * 16;
   const uint32_t* seen[2] = {masks + group[0] * kMaskWords,
                              masks + group[1] * kMaskWords};
-  const float scale_log2 = masked_scale_log2(to.scale);
+  const float scale_log2 = positive_scale_log2(to.scale);
   Row<T> q[2] = {queries[0], queries[1]};
   if (to.scale < 0.f) {
     q[0].negate();
