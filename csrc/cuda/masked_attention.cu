@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
 constexpr int kScoredTiles = 3;
 
 // Shared memory of choose_and_attend_kernel. Values and, for the sums of eq. 3, the
-// normalised queries take the place of scores, the queries' groups that of operands.
+// normalised queries take the place of scores, the groups' members that of operands.
 template <typename T>
 struct ChoiceMemory {
   using Operands = CentroidOperands<T, kDim>;
@@ -211,7 +211,9 @@ struct ChoiceMemory {
     queries = scores + rows;
     const int end_of_scores = scores + score_bytes, end_of_rows = queries + query_bytes;
     operands = end_of_scores > end_of_rows ? end_of_scores : end_of_rows;
-    masks = operands + tiles * static_cast<int>(Operands::kTileBytes);
+    const int operand_bytes = tiles * static_cast<int>(Operands::kTileBytes);
+    const int member_bytes = warps * sizes.num_groups * 4;
+    masks = operands + (operand_bytes > member_bytes ? operand_bytes : member_bytes);
     scratch = masks + sizes.num_groups * kMaskWords * 4;
     end = scratch + warps * static_cast<int>(sizeof(FewKeysScratch));
   }
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
       reinterpret_cast<FragmentA<T>*>(shared + memory.operands)};
   auto* masks = reinterpret_cast<uint32_t*>(shared + memory.masks);
   auto* normalised = reinterpret_cast<float*>(shared + memory.queries);
-  auto* query_groups = reinterpret_cast<int*>(shared + memory.operands);
+  auto* members = reinterpret_cast<uint32_t*>(shared + memory.operands);
   auto& scratch = reinterpret_cast<FewKeysScratch*>(shared + memory.scratch)[warp];
 
   copy_head(keys, to.key, sizes, padded);
@@ -350,7 +352,8 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   const bool exists = first + lane < sizes.num_tokens;
   if (exists) choice.group[bh * sizes.num_tokens + first + lane] = group;
   if (choice.sums != nullptr) {
-    query_groups[first + lane] = exists ? group : -1;
+    store_members(members + warp * sizes.num_groups, exists ? group : -1,
+                  sizes.num_groups);
     store_normalised(normalised, q, first, padded);
   }
   int own_group[N];
@@ -368,7 +371,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   }
   if (choice.sums != nullptr) {
     const int64_t from = bh * sizes.num_groups;
-    sum_head(normalised, query_groups, sizes, choice.sums + from * sizes.dim,
+    sum_head(normalised, members, sizes, choice.sums + from * sizes.dim,
              choice.counts + from);
   }
 }
