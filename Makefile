@@ -204,7 +204,7 @@ $(VENV)/mmdgt: $(VENV)/mmseg pyproject.toml $(SOURCES)
 WITH_OPERATORS := --no-build-isolation --no-deps --force-reinstall $(MMCV)
 $(VENV)/others: $(VENV)/mmdgt
 	@$(call counted,$(PIP) -v $(WITH_OPERATORS))
-	$(RUN) -c 'import mmcv._ext' || $(call counted,$(PIP) -v --no-cache-dir $(WITH_OPERATORS))
+	@$(RUN) -c 'import mmcv._ext' || $(call counted,$(PIP) -v --no-cache-dir $(WITH_OPERATORS))
 	$(PIP) $(OTHERS)
 	@touch $@
 

@@ -149,10 +149,23 @@ def install_mmcv(session: nox.Session, mmcv: str, operators: bool) -> None:
             # Isolated, it does not see torch and leaves its operators out.
             *(('--no-build-isolation',) if operators else ()),
             *('--wheel-dir', str(part), mmcv),
-            env={'MMCV_WITH_OPS': str(int(operators))},
+            env={'MMCV_WITH_OPS': str(int(operators)), **compiler(session)},
         )
         part.rename(wheels)
     session.install('--no-deps', *map(str, wheels.glob('*.whl')))
+
+
+def compiler(session: nox.Session) -> dict[str, str]:
+    """The variable by which mmcv is compiled as C++20 where torch wants it."""
+    needed = 'doctor.CPP20_WRAPPER * doctor.torch_wants_cpp20()'
+    code = f'from mmdgt import doctor; print({needed})'
+    said = session.run('python', '-W', 'ignore', '-c', code, silent=True)
+    if not (command := said.splitlines()[-1]):
+        return {}
+    folder = Path(session.create_tmp()).resolve()
+    with session.chdir(folder):
+        session.run('sh', '-c', command, external=True)
+    return {'CXX': str(folder / 'c++20')}
 
 
 def outcome(report: Path) -> dict:

@@ -41,6 +41,11 @@ INSTALL = (
 )
 FAILURE = Path(__file__).parent / '_ext_failure.txt'  # which setup.py writes
 FAILURE_LINES = 8  # that are shown
+# A compiler of C++20 for mmcv, which sets C++17 at the end of its flags, where the last
+# one counts.
+CPP20_WRAPPER = (
+    r"""printf '#!/bin/sh\nexec c++ "$@" -std=c++20\n' > c++20 && chmod +x c++20"""
+)
 # What an import error says, and what fixes it.
 IMPORT_FIXES = {
     'pkg_resources': 'run: pip install "setuptools<81"',
@@ -171,19 +176,32 @@ def without_mmcv_operators(
     lost = [name for name in frameworks if FRAMEWORKS[name].needs_operators]
     mmcv = carriers[0] if carriers else f'{CONTINUATION}mmcv'
     version = version_of(mmcv)
-    uninstall = ''
+    uninstall, wrapper, variable, standard = '', '', '', ''
     if mmcv.endswith('-lite'):  # which never has any
         uninstall = f'pip uninstall -y {mmcv} && '
         mmcv = mmcv.removesuffix('-lite')
+    if torch_wants_cpp20():
+        wrapper, variable = f'{CPP20_WRAPPER} && ', 'CXX=$PWD/c++20 '
+        standard = "; mmcv is built as C++17, and this torch's headers want C++20"
     return Finding(
-        f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}'
-        f'; {" and ".join(lost) + " needs" if lost else "only detection needs"} it',
-        f'run: {uninstall}pip install ninja psutil packaging wheel "setuptools<81" &&'
-        ' pip install'
+        f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}; '
+        f'{" and ".join(lost) + " needs" if lost else "only detection needs"} it'
+        f'{standard}',
+        f'run: {uninstall}{wrapper}pip install ninja psutil packaging wheel'
+        f' "setuptools<81" && {variable}pip install'
         ' --no-build-isolation --no-deps --force-reinstall --no-cache-dir'
         f' {mmcv}{f"=={version}" if version else ""}',
         fails=bool(lost) or not missing,
     )
+
+
+def torch_wants_cpp20() -> bool:
+    """Whether torch's headers refuse C++17, as they do from torch 2.14 on."""
+    torch = importlib.util.find_spec('torch')
+    if torch is None or torch.origin is None:
+        return False
+    header = Path(torch.origin).parent / 'include/ATen/ATen.h'
+    return header.is_file() and '__cplusplus < 202002L' in header.read_text()
 
 
 def check_extension() -> Iterator[Finding]:

@@ -136,6 +136,29 @@ def test_mmcv_lite_never_has_them():
     assert fix.endswith('--no-cache-dir mmcv')
 
 
+@pytest.mark.parametrize('standard, wanted', [('201703L', False), ('202002L', True)])
+def test_a_torch_that_wants_another_standard(site, monkeypatch, standard, wanted):
+    """mmcv 2.3 and below say -std=c++17 last, which torch 2.14 refuses."""
+    headers = site() / 'torch/include/ATen'
+    headers.mkdir(parents=True)
+    (site() / 'torch/__init__.py').touch()
+    (headers / 'ATen.h').write_text(f'#if __cplusplus < {standard}\n#error\n#endif\n')
+    monkeypatch.delitem(sys.modules, 'torch')
+    assert doctor.torch_wants_cpp20() == wanted
+    error = "ModuleNotFoundError: No module named 'mmcv._ext'"
+    finding = doctor.without_mmcv_operators(error, ['mmcv'], ['mmdet'])
+    assert ('want C++20' in finding.cause) == wanted
+    assert ('CXX=$PWD/c++20 pip install' in finding.fix) == wanted
+
+
+def test_the_compiler_of_another_standard(tmp_path):
+    """The last -std counts."""
+    subprocess.run(doctor.CPP20_WRAPPER, shell=True, check=True, cwd=tmp_path)
+    (tmp_path / 'a.cpp').write_text('static_assert(__cplusplus >= 202002L);')
+    command = ['./c++20', '-std=c++17', '-c', 'a.cpp']
+    subprocess.run(command, check=True, cwd=tmp_path)
+
+
 @pytest.mark.parametrize('package', [mmcv, mmdgt])
 def test_an_extension_that_does_not_load(tmp_path, monkeypatch, ill, package):
     (tmp_path / '_ext.so').write_bytes(b'of another world')

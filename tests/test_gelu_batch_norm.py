@@ -115,6 +115,19 @@ def test_backward_elemt(size, dtype):
     close(actual, expected, dtype)
 
 
+def test_tails_are_zero_not_subnormal():
+    x = torch.linspace(-60, 60, 4801)[None, None, None].repeat(1, 16, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(16), torch.zeros(16)
+    small = torch.full_like(x, 1e-8)  # as gradients are
+    y = ops.gelu_batch_norm_elemt(x, one, zero)
+    grad = ops.gelu_batch_norm_backward_elemt(small, x, one, zero, zero)
+    for tail in y, grad:
+        assert not ((tail != 0) & (tail.abs() < torch.finfo(torch.float32).tiny)).any()
+    assert not grad[x < -14].any()  # GELU'(-14) is -1e-41
+    torch.testing.assert_close(grad[x > 14], small[x > 14], rtol=1e-6, atol=0)
+
+
 def test_what_is_no_number_stays_in_its_place():
     x = torch.zeros(1, 16, 1, 4).contiguous(memory_format=torch.channels_last)
     x[0, 2, 0, 1], x[0, 4, 0, 3], x[0, 5, 0, 0] = math.nan, math.inf, -1e30

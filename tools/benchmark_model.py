@@ -88,13 +88,13 @@ class PlainBatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-def dgt(arch: str, size: tuple[int, int], **settings) -> nn.Module:
+def dgt(arch: str, size: tuple[int, int], **settings: Any) -> nn.Module:
     """This package's."""
     num_keys = 98 if size[0] * size[1] <= 224 * 224 else 392
     return DGT(arch, **dict(num_keys=num_keys, drop_path_rate=DROP_PATH) | settings)
 
 
-def mmpretrain(kind: str, size: tuple[int, int], **settings) -> nn.Module:
+def mmpretrain(kind: str, size: tuple[int, int], **settings: Any) -> nn.Module:
     """A backbone of mmpretrain."""
     from mmpretrain.registry import MODELS as models
 
@@ -117,7 +117,9 @@ def timm_swin(name: str, size: tuple[int, int]) -> nn.Module:
             'timm is not installed; "pip install timm", or choose --models without it'
         ) from error
     name = f'swin_{name}_patch4_window7_224'
-    settings = dict(features_only=True, img_size=size, drop_path_rate=DROP_PATH)
+    settings: dict[str, Any] = dict(
+        features_only=True, img_size=size, drop_path_rate=DROP_PATH
+    )
     return ChannelsFirst(timm.create_model(name, **settings))
 
 
@@ -224,7 +226,7 @@ SAMPLES = {
 def prepare(case: Case, device: str) -> tuple[nn.Module, Callable[[], Any]]:
     """A model, and the function that runs it once."""
     torch.manual_seed(0)
-    model = build(case).to(device)
+    model: Any = build(case).to(device)
     model.train(case.which == 'train')
     backbone = model if case.task == 'backbone' else model.backbone
     images = torch.randn(case.batch, 3, *case.size, device=device)
@@ -339,7 +341,7 @@ def breakdown(case: Case, args: argparse.Namespace) -> dict:
 def print_table(rows: list[dict]) -> None:
     """One line for what all models share; milliseconds and MiB of every model."""
     shared = ('task', 'size', 'batch', 'pass', 'dtype', 'layout')
-    lines = {}
+    lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         cell = f'{row["ms"]:.1f}' if 'ms' in row else '-'
         if 'peak_bytes' in row:
@@ -359,7 +361,7 @@ def plot(rows: list[dict], folder: Path, name: str) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    pictures = {}
+    pictures: dict[str, dict[str, list[dict]]] = {}
     for row in rows:
         key = [str(row[k]) for k in ('task', 'pass', 'batch', 'dtype', 'layout')]
         lines = pictures.setdefault('_'.join([name, *key]), {})

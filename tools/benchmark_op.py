@@ -74,12 +74,14 @@ class Inputs(NamedTuple):
     num_keys: int
 
 
-def draw_inputs(shape: Shape, draw: str, dtype: torch.dtype, device: str, seed: int):
+def draw_inputs(
+    shape: Shape, draw: str, dtype: torch.dtype, device: str, seed: int
+) -> Inputs:
     """Random tensors whose groups are of the sizes that ``draw`` names."""
     B, H, L, K = shape
     rng = torch.Generator(device).manual_seed(seed)
 
-    def randn(*size):
+    def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device, generator=rng)
 
     centroids = F.normalize(randn(H, G, D), dim=-1)
@@ -156,12 +158,13 @@ def stock(x: Inputs) -> Tensor:
         key_ends = torch.arange(B * H * G + 1, dtype=torch.int32, device=query.device)
         rank = order.argsort(-1)
 
-    def rows(tokens, which):  # (B, H, L, D), (B, H, N) -> (B H N, 1, D)
+    # (B, H, L, D), (B, H, N) -> (B H N, 1, D)
+    def rows(tokens: Tensor, which: Tensor) -> Tensor:
         which = which.unsqueeze(-1).expand(*which.shape, D)
         return tokens.gather(2, which).reshape(-1, 1, D)
 
     chosen = index.flatten(2)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         rows(query, order),
         rows(key, chosen),
         rows(value, chosen),
@@ -189,7 +192,7 @@ def flex(x: Inputs) -> Tensor:
         seen = torch.zeros(B, H, G, L, dtype=torch.bool, device=group.device)
         seen.scatter_(-1, index, True)
 
-    def mask(score, b, h, i, j):
+    def mask(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(seen[b, h, group[b, h, i], j], score, -float('inf'))
 
     return _compiled_flex()(*(t.contiguous() for t in x[:3]), score_mod=mask)
@@ -230,7 +233,7 @@ def make_call(run: Callable, x: Inputs, which: str) -> Callable[[], Any]:
     """What to time: the forward pass, the backward pass alone, or both."""
     if which == 'forward':
 
-        def forward():
+        def forward() -> Any:
             with torch.no_grad():
                 return run(x)
 
@@ -252,7 +255,8 @@ def captured(calls: list[Callable]) -> Callable[[], Any]:
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             # A replay reads what the calls hold, so the graph holds the calls.
-            graph.kept = calls, [call() for call in calls]
+            kept = calls, [call() for call in calls]
+            graph.kept = kept  # type: ignore[attr-defined]
         graph.replay()
     except Exception:
         torch.cuda.synchronize()
@@ -269,8 +273,15 @@ def peak_of(rival: str, shape: Shape, draw: str, dtype: str, which: str) -> int:
     return added_bytes(call, 'cpu')
 
 
-def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
-    """Times of all rivals at one set of inputs, a list of dicts."""
+def measure(
+    args: argparse.Namespace,
+    name: str,
+    shape: Shape,
+    draw: str,
+    dtype: str,
+    which: str,
+) -> list[dict]:
+    """Times of all rivals at one set of inputs."""
     B, H, L, _ = shape
     kind = getattr(torch, dtype)
     size = 4 * B * H * L * D * kind.itemsize
@@ -314,7 +325,7 @@ def measure(args, name: str, shape: Shape, draw: str, dtype: str, which: str):
 
 def print_table(rows: list[dict], rivals: list[str]) -> None:
     """One line per set, draw, type and pass; microseconds and MiB of every rival."""
-    lines = {}
+    lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         key = (row['set'], row['draw'], row['dtype'], row['pass'])
         cell = f'{row["us"]:.1f}' if 'us' in row else '-'
@@ -334,7 +345,7 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    lines = {}
+    lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row['pass'] == 'forward' and 'us' in row:
             label = f'{row["rival"]}, {row["dtype"]}, {row["draw"]}'
@@ -383,7 +394,7 @@ def main() -> None:
     rows = []
     # Backward passes run where their forward passes ran, and the default stream
     # cannot be captured.
-    stream = contextlib.nullcontext()
+    stream: contextlib.AbstractContextManager = contextlib.nullcontext()
     if args.device == 'cuda':
         stream = torch.cuda.stream(torch.cuda.Stream())
     with stream:

@@ -88,12 +88,12 @@ class Table(NamedTuple):
     classes: tuple[dict[str, tuple[float, float] | None], ...]
 
 
-def of_mmpretrain(kind: str, **settings) -> dict:
+def of_mmpretrain(kind: str, **settings: Any) -> dict:
     """A backbone that returns the features of all stages."""
     return dict(type=f'mmpretrain.{kind}', out_indices=(0, 1, 2, 3), **settings)
 
 
-def of_timm(name: str, **settings) -> dict:
+def of_timm(name: str, **settings: Any) -> dict:
     """A backbone of timm that returns the features of all stages."""
     return dict(
         type='mmpretrain.TIMMBackbone', model_name=name, features_only=True, **settings
@@ -309,12 +309,12 @@ def count(table: Table, name: str, published: tuple[float, float] | None) -> Row
     params = sum(p.numel() for p in model.parameters()) / 1e6
     flops = count_flops(model, *table.size)
     attention = (n for operator, n in flops.items() if operator.startswith(ATTENTION))
-    published = published or (None, None)
+    known: tuple[float | None, float | None] = published or (None, None)
     return Row(
         name,
-        published[0],
+        known[0],
         round(params, 1),
-        published[1],
+        known[1],
         round(sum(flops.values()) / 1e9),
         round(sum(attention) / 1e9),
     )
@@ -400,7 +400,7 @@ def measure(
         _, calls[name] = prepare(table, BACKBONES[name], device)
         calls[name]()
         print(f'{table.title}  {name}  {peaks[name] / 2**20:.0f} MiB', flush=True)
-    times = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(call, device))
@@ -482,7 +482,7 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
                 continue
             ax.plot(
                 [row.flops_here for row in members],
-                [row.milliseconds / 1e3 for row in members],
+                [row.milliseconds / 1e3 for row in members if row.milliseconds],
                 marker='osv^<>DXP*ph'[index % 12],
                 label=name,
                 color='k' if name == 'DGT' else f'C{index}',
@@ -501,13 +501,13 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
 def main() -> None:
     """Count, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = dict(choices=BACKBONES, metavar='BACKBONE')
+    known: dict[str, Any] = dict(choices=BACKBONES, metavar='BACKBONE')
     add_out(parser, Path('docs/backbones'), 'folder')
     parser.add_argument(
-        '--only', nargs='+', default=BACKBONES, help='what the tables have', **names
+        '--only', nargs='+', default=BACKBONES, help='what the tables have', **known
     )
     parser.add_argument(
-        '--time', nargs='*', help='measure these, or all if none is named', **names
+        '--time', nargs='*', help='measure these, or all if none is named', **known
     )
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
@@ -523,7 +523,7 @@ def main() -> None:
             print(f'left out for want of timm ("pip install timm"): {left_out}')
     kept = Measurements(out / 'backbones.json')
 
-    counted = {table.title: [] for table in TABLES}
+    counted: dict[str, list[Row]] = {table.title: [] for table in TABLES}
     for table in TABLES:
         for name, published in itertools.chain(*(c.items() for c in table.classes)):
             if name in names:

@@ -17,26 +17,32 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmark_op import SETS, captured, draw_inputs
+from benchmark_op import SETS, Inputs, captured, draw_inputs
 from measure import TURN, add_words, added_bytes, machine, repeat, seconds, summary
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmdgt import DynamicGroupAttention
 
 PASSES = ('inference', 'forward', 'backward', 'step')
 TREES = ('base', 'candidate')
 
 
-def layer_of(inputs):
+def layer_of(inputs: Inputs) -> 'DynamicGroupAttention':
     """The attention layer without its projections, on (query, key, value)."""
     from mmdgt import DynamicGroupAttention
 
     class BetweenProjections(DynamicGroupAttention):
-        def project(self, x):
+        def project(self, x: Any) -> tuple:
             return *x.parts, None
 
-        def join(self, out, shape):
+        def join(self, out: Tensor, shape: Any) -> Tensor:
             return out
 
     H, G, D = inputs.centroids.shape
@@ -46,11 +52,13 @@ def layer_of(inputs):
     return layer.to(inputs.query.device)
 
 
-def make_call(layer, inputs, which):
+def make_call(
+    layer: 'DynamicGroupAttention', inputs: Inputs, which: str
+) -> Callable[[], Any]:
     """What to time."""
     layer.train(which != 'inference')
     parts = [x.detach().requires_grad_(which != 'inference') for x in inputs[:3]]
-    x = SimpleNamespace(parts=parts, shape=None)
+    x: Any = SimpleNamespace(parts=parts, shape=None)
     if which in ('inference', 'forward'):
         return lambda: layer(x)
     if which == 'backward':
@@ -59,7 +67,7 @@ def make_call(layer, inputs, which):
     return lambda: torch.autograd.grad(layer(x), parts, inputs.grad)
 
 
-def times_of_kernels(call, device):
+def times_of_kernels(call: Callable[[], Any], device: str) -> dict[str, float]:
     """Microseconds of every kernel (on a CPU: operator) that a call starts."""
     kinds = torch.profiler.ProfilerActivity
     kind = kinds.CUDA if device == 'cuda' else kinds.CPU
@@ -68,7 +76,7 @@ def times_of_kernels(call, device):
         repeat(call, calls)
         if device == 'cuda':
             torch.cuda.synchronize()
-    times = {}
+    times: dict[str, float] = {}
     for event in profile.key_averages():
         spent = getattr(
             event, f'self_{"device" if device == "cuda" else "cpu"}_time_total'
@@ -80,7 +88,7 @@ def times_of_kernels(call, device):
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
-def rates(device):
+def rates(device: str) -> Iterator[dict]:
     """What the device does best: bytes and operations a second."""
     many = 1 << (30 if device == 'cuda' else 24)
     source = torch.zeros(many, dtype=torch.uint8, device=device)
@@ -90,7 +98,7 @@ def rates(device):
     rows = torch.randn(1 << 17, 32, device=device).bfloat16()  # 8 MB stay in the L2
     which = torch.randint(len(rows), (1 << 22 if device == 'cuda' else 1 << 16,))
     which = which.to(device)
-    amounts = {
+    amounts: dict[str, tuple[Callable[[], Any], int]] = {
         'copy, read and written bytes': (lambda: target.copy_(source), 2 * many),
         'gathered bytes of cached rows': (lambda: rows[which], which.numel() * 64),
         'bfloat16 operations': (lambda: square @ square, 2 * side**3),
@@ -101,7 +109,7 @@ def rates(device):
         yield {'rate': name, 'per_second': float(f'{amount / best:.4g}')}
 
 
-def run_once(sets, device):
+def run_once(sets: Iterable[str], device: str) -> None:
     """Run every case of the sets once, for a profiler."""
     for name in sets:
         inputs = draw_inputs(SETS[name], 'random', torch.bfloat16, device, 0)
@@ -110,14 +118,15 @@ def run_once(sets, device):
                 make_call(layer_of(inputs), inputs, which)()
 
 
-def serve(device):
+def serve(device: str) -> None:
     """Answer the lines of JSON on standard input, one by one."""
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == 'cuda' else None
     if stream:  # the default stream cannot be captured
         stream.__enter__()
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print goes to standard error
-    timed = None
+    timed: Any = None
+    answer: Any
     for line in sys.stdin:
         asked = json.loads(line)
         try:
@@ -135,7 +144,7 @@ def serve(device):
         answers.flush()
 
 
-def prepare(case, device):
+def prepare(case: dict, device: str) -> tuple[dict, Callable[[], None]]:
     """What is measured once of a case, and the call to time."""
     shape = SETS[case['set']]
     shape = shape._replace(B=case['batch'] or shape.B)
@@ -149,7 +158,7 @@ def prepare(case, device):
     calls = [make_call(layer_of(x), x, case['pass']) for x in inputs]
     with torch.set_grad_enabled(case['pass'] != 'inference'):
         calls[0]()
-        answer = {
+        answer: dict[str, Any] = {
             **shape._asdict(),
             'buffers': buffers,
             'kernels': times_of_kernels(calls[0], device),
@@ -161,7 +170,7 @@ def prepare(case, device):
             call = calls[0]
     grad = case['pass'] != 'inference'
 
-    def run():
+    def run() -> None:
         with torch.set_grad_enabled(grad):
             call()
 
@@ -173,7 +182,7 @@ def prepare(case, device):
 class Server:
     """A process that serves a checkout."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: str, device: str) -> None:
         command = [sys.executable, __file__, '--serve', '--device', device]
         paths = [str(Path(folder).resolve()), str(Path(__file__).resolve().parent)]
         self.process = subprocess.Popen(
@@ -184,8 +193,9 @@ class Server:
             env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
         )
 
-    def ask(self, **question):
+    def ask(self, **question: Any) -> Any:
         """The answer; a dictionary with 'error' where there is none."""
+        assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(question) + '\n')
             self.process.stdin.flush()
@@ -195,9 +205,12 @@ class Server:
         return json.loads(line) if line else {'error': 'the process has ended'}
 
 
-def compare(servers, case, rounds, budget):
+def compare(
+    servers: dict[str, Server], case: dict, rounds: int, budget: float
+) -> list[dict]:
     """Rows of one case, one a checkout."""
-    rows, turns = {}, {}
+    rows: dict[str, dict] = {}
+    turns: dict[str, tuple[int, int]] = {}
     for tree, server in servers.items():
         answer = server.ask(**case)
         rows[tree] = {**case, 'tree': tree, **answer}
@@ -205,7 +218,7 @@ def compare(servers, case, rounds, budget):
             once = rows[tree].pop('once')
             repeats = max(1, round(TURN / once))
             turns[tree] = repeats, int(min(rounds, max(3, budget / (once * repeats))))
-    times = {tree: [] for tree in turns}
+    times: dict[str, list[float]] = {tree: [] for tree in turns}
     for turn in range(rounds):
         for tree, (repeats, most) in turns.items():
             if turn < most and 'error' not in rows[tree]:
@@ -221,7 +234,7 @@ def compare(servers, case, rounds, budget):
     return list(rows.values())
 
 
-def main():
+def main() -> None:
     """Compare what the command line asks for."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -255,7 +268,7 @@ def main():
     }
     with args.out.open('w') as file:
 
-        def write(row):
+        def write(row: dict) -> None:
             file.write(json.dumps(row) + '\n')
             file.flush()
             shown = {k: row[k] for k in row if k not in ('kernels', 'machine')}
@@ -280,7 +293,6 @@ def main():
                         write(row)
     for server in servers.values():
         server.process.communicate()  # closes its input, at which it ends
-    return None
 
 
 if __name__ == '__main__':

@@ -269,11 +269,11 @@ def loop_bodies(instructions: list[Instruction]) -> dict[int, set[int]]:
     no loop: where they lead to is reached in other ways too.
     """
     forward = successors(instructions)
-    backward = [[] for _ in instructions]
+    backward: list[list[int]] = [[] for _ in instructions]
     for i, after in enumerate(forward):
         for j in after:
             backward[j].append(i)
-    bodies = {}
+    bodies: dict[int, set[int]] = {}
     for last, after in enumerate(forward):
         for first in after:
             if first <= last and last not in reachable(0, forward, without=first):
@@ -289,7 +289,7 @@ def loops(instructions: list[Instruction]) -> list[dict]:
     for first, places in sorted(bodies.items()):
         body = [instructions[i] for i in sorted(places)]
         pipes = Counter(i.pipe for i in body)
-        moved = Counter()
+        moved: Counter[str] = Counter()
         for instruction in body:
             space, size = instruction.moved
             moved[space] += 32 * size
@@ -343,21 +343,26 @@ def find_program(name: str) -> str:
     return found
 
 
+def folders_of(package: str) -> list[str]:
+    """Where a package lies, without importing it; nowhere if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return list(spec.submodule_search_locations or ()) if spec else []
+
+
 def include_flags() -> list[str]:
     """Where torch's, mmcv's and the toolkit's libraries' headers lie."""
     import sysconfig
 
     from torch.utils.cpp_extension import include_paths
 
-    mmcv = Path(importlib.util.find_spec('mmcv').origin).parent / 'ops/csrc/common'
+    (mmcv,) = (Path(folder, 'ops/csrc/common') for folder in folders_of('mmcv'))
     folders = [
         *include_paths(),
         str(mmcv),
         str(mmcv / 'cuda'),
         sysconfig.get_path('include'),
     ]
-    nvidia = importlib.util.find_spec('nvidia')
-    for folder in nvidia.submodule_search_locations if nvidia else ():
+    for folder in folders_of('nvidia'):
         folders += glob.glob(f'{folder}/cu*/include')
     return [flag for folder in folders for flag in ('-isystem', folder)]
 
@@ -406,7 +411,9 @@ def measure(tree: Path, pattern: str, architectures: list[str]) -> list[dict]:
     # What launches ask for is known to the tool that belongs to the sources.
     launched = runpy.run_path(str(tree / 'tools/cuda_cost.py'))['launched_shared']
     jobs = [(s, arch, flags, launched) for arch in architectures for s in sources]
-    with ThreadPoolExecutor(int(os.environ.get('MAX_JOBS', os.cpu_count()))) as pool:
+    with ThreadPoolExecutor(
+        int(os.environ.get('MAX_JOBS') or os.cpu_count() or 1)
+    ) as pool:
         kernels = [
             row
             for rows in pool.map(lambda job: compile_and_read(*job), jobs)
@@ -418,12 +425,12 @@ def measure(tree: Path, pattern: str, architectures: list[str]) -> list[dict]:
     )
 
 
-def git(*arguments: str, binary: bool = False) -> str | bytes:
+def git(*arguments: str) -> bytes:
     """What git prints."""
     done = subprocess.run(
         ['git', *arguments], cwd=REPOSITORY, capture_output=True, check=True
     )
-    return done.stdout if binary else done.stdout.decode().strip()
+    return done.stdout
 
 
 def measure_revision(
@@ -431,7 +438,7 @@ def measure_revision(
 ) -> list[dict]:
     """All kernels of another revision."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = git('archive', revision, 'csrc', 'tools/cuda_cost.py', binary=True)
+        archive = git('archive', revision, 'csrc', 'tools/cuda_cost.py')
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter='data')
         return measure(Path(folder), pattern, architectures)
@@ -553,8 +560,8 @@ def main() -> None:
         [find_program('nvcc'), '--version'], capture_output=True, text=True
     )
     about = {
-        'nvcc': re.search(r', V(\S+)', version.stdout)[1],
-        'commit': git('rev-parse', 'HEAD'),
+        'nvcc': re.findall(r', V(\S+)', version.stdout)[0],
+        'commit': git('rev-parse', 'HEAD').decode().strip(),
         'clean': not git('status', '--porcelain', 'csrc', 'tools/cuda_cost.py'),
     }
     kernels = measure(REPOSITORY, args.sources, architectures)
@@ -563,7 +570,7 @@ def main() -> None:
             found = json.loads(Path(args.base).read_text())
             about['base'], base = found['about']['commit'], found['kernels']
         else:
-            about['base'] = git('rev-parse', args.base)
+            about['base'] = git('rev-parse', args.base).decode().strip()
             base = measure_revision(args.base, args.sources, architectures)
         kernels = [{**row, 'tree': 'base'} for row in base] + [
             {**row, 'tree': 'candidate'} for row in kernels

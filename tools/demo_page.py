@@ -106,11 +106,11 @@ class Page:
         view, inputs = self.predictor.see(picture)
         groups = find_groups(self.predictor.model, inputs, stage, block, head)
         sizes = zip((x, y), view.shape[1::-1], picture.shape[1::-1], strict=True)
-        pixel = tuple(int(p * there / here) for p, there, here in sizes)
-        return group_panels(view, groups, [pixel], [])
+        column, row = (int(p * there / here) for p, there, here in sizes)
+        return group_panels(view, groups, [(column, row)], [])
 
 
-def build(page: Page):
+def build(page: Page) -> Any:
     """Lay the page out, a Gradio application."""
     import gradio as gr
 
@@ -135,7 +135,9 @@ def build(page: Page):
         return call
 
     @told
-    def click(file, stage, block, head, event: gr.SelectData):
+    def click(
+        file: str, stage: int, block: int, head: int, event: gr.SelectData
+    ) -> np.ndarray:
         return page.show(file, stage, block, head, *event.index)
 
     with gr.Blocks(title='mmdgt') as application:
@@ -151,7 +153,7 @@ def build(page: Page):
                 )
             return await take(path)
 
-        file.async_move_resource_to_block_cache = take_uploads_alone
+        file.async_move_resource_to_block_cache = take_uploads_alone  # type: ignore
         gr.Markdown('Click on the prediction to see a group and the keys it selected.')
         found = gr.Image(show_label=False, interactive=False, format='png')
         with gr.Row():
@@ -161,7 +163,7 @@ def build(page: Page):
             ]
         groups = gr.Image(show_label=False, interactive=False, format='png')
         # One at a time, for they share the model.
-        queue = dict(concurrency_id='model', concurrency_limit=1)
+        queue: dict[str, Any] = dict(concurrency_id='model', concurrency_limit=1)
         file.change(told(page.predict), file, found, api_name='predict', **queue)
         found.select(click, [file, *place], groups, **queue)
     return application

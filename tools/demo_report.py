@@ -6,6 +6,7 @@ its metrics beside the checkpoint, with or without ``--tta``.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import machine
@@ -31,7 +32,7 @@ def live_groups(
 ) -> float:
     """Share of groups that get a query of the data set, in the worst layer."""
     layers = [m for m in model.modules() if isinstance(m, DynamicGroupAttention)]
-    counts = [0] * len(layers)
+    counts: list[Any] = [0] * len(layers)
     for layer in layers:
         layer.train()  # so that it counts its groups
     for index in range(len(dataset)):

@@ -6,6 +6,7 @@ returns ``scores``: (1, classes, H, W) of a segmentor, (1, classes) of a classif
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class Network(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) -> (1, classes, H, W) or (1, classes)."""
@@ -117,11 +118,11 @@ def main() -> None:
             dynamo=True,
             external_data=False,
         )
-        error = compare(part, image, network(image))
-        if error > MAX_ERROR:
+        off = compare(part, image, network(image))
+        if off > MAX_ERROR:
             raise ValueError(
                 f'{args.out} is not written, for it would not compute what the model'
-                f' does: its error over the mean score is {error:.1e}, expected at most'
+                f' does: its error over the mean score is {off:.1e}, expected at most'
                 f' {MAX_ERROR:.0e}'
             )
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')

@@ -162,9 +162,9 @@ def check_attention(
     tokens: list[Tensor], group: Tensor, index: Tensor, scale: float
 ) -> None:
     """Run attention and its backward pass on finite numbers."""
-    leaves = [x.detach().requires_grad_() for x in tokens[:3]]
-    out = group_attention(*leaves, group, index, scale)
-    actual = [out, *torch.autograd.grad(out, leaves, tokens[3])]
+    query, key, value = (x.detach().requires_grad_() for x in tokens[:3])
+    out = group_attention(query, key, value, group, index, scale)
+    actual = [out, *torch.autograd.grad(out, (query, key, value), tokens[3])]
     if not out.numel():
         return
     expected, bounds = attend_densely(tokens, group, index, scale)
@@ -179,14 +179,15 @@ def check_poison(
     case: Case, tokens: list[Tensor], group: Tensor, index: Tensor, scale: float
 ) -> None:
     """Keys and values that are not finite spoil those who see them alone."""
-    before = group_attention(*tokens[:3], group, index, scale)
-    key, value = tokens[1].clone(), tokens[2].clone()
+    query, key, value = tokens[:3]
+    before = group_attention(query, key, value, group, index, scale)
+    key, value = key.clone(), value.clone()
     sees = torch.zeros(group.shape, dtype=torch.bool)
     for row, kind in case.poisoned.items():
         key[:, :, row, 0] = value[:, :, row, -1] = POISON[kind]
         holds = (index == row).any(-1)  # (B, H, G)
         sees |= holds.gather(2, group.long())
-    after = group_attention(tokens[0], key, value, group, index, scale)
+    after = group_attention(query, key, value, group, index, scale)
     error = (after - before)[~sees].abs()
     bound = 8 * torch.finfo(case.dtype).eps * tokens[2].double().abs().max()
     assert not error.numel() or error.max() <= bound, 'a row that saw no such key'
@@ -223,7 +224,8 @@ def main() -> None:
     parser.add_argument('--minutes', type=float, help='stop after as many')
     parser.add_argument('--out', type=Path, help='JSON file of the counts')
     args = parser.parse_args()
-    start, kinds = time.perf_counter(), collections.Counter()
+    start = time.perf_counter()
+    kinds: collections.Counter[str] = collections.Counter()
     for number in range(args.first, args.first + args.calls):
         try:
             case = run_case(number)

@@ -52,7 +52,7 @@ def draw_video(predictor: Predictor, path: Path, out: Path) -> None:
             f'{path} is damaged, or neither a picture nor a video that OpenCV reads'
         )
     file = out / f'{path.stem}.mp4'
-    codec, size = cv2.VideoWriter_fourcc(*'mp4v'), (video.width, video.height)
+    codec, size = cv2.VideoWriter.fourcc(*'mp4v'), (video.width, video.height)
     with whole_file(file) as part:
         writer = cv2.VideoWriter(str(part), codec, video.fps, size)
         if not writer.isOpened():

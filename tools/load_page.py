@@ -137,13 +137,15 @@ class Crowd:
         start = time.monotonic()
         try:
             if request.name == 'heavy':  # which Gradio's client would not send
-                post(f'{self.url}/gradio_api/upload', request.file.read_bytes())
+                content = Path(request.file).read_bytes()
+                post(f'{self.url}/gradio_api/upload', content)
             if request.name in ('address', 'path'):
-                found = claim(self.url, request.file)
+                found = claim(self.url, str(request.file))
             else:
                 file = gradio_client.handle_file(request.file)
                 job = client.submit(file, api_name='/predict')
-                found = cv2.imread(job.result(PATIENCE)).shape[:2]
+                picture = cv2.imread(job.result(PATIENCE))
+                found = 'no picture' if picture is None else picture.shape[:2]
         except Exception as error:
             found = f'{type(error).__name__}: {error}'
         spent = time.monotonic() - start

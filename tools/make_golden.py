@@ -6,6 +6,7 @@ where a change of the results is meant, and say so in docs/changelog.md.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import add_out, find_out
@@ -17,7 +18,7 @@ from mmdgt.files import whole_file
 from mmdgt.ops import use_backend
 
 FILE = Path(__file__).parents[1] / 'tests/data/golden.pth'
-SETTINGS = dict(num_groups=6, num_keys=5)
+SETTINGS: dict[str, Any] = dict(num_groups=6, num_keys=5)
 ARCH = dict(
     dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), stem_dims=8
 )

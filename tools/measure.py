@@ -79,12 +79,12 @@ def seconds(call: Callable[[], Any], device: str) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
     call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def in_turns(
@@ -114,7 +114,7 @@ def in_turns(
         name: int(min(rounds, max(3, budget / (spent * repeats[name]))))
         for name, spent in once.items()
     }
-    times = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             if turn < turns[name]:
@@ -189,7 +189,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 def machine(device: str) -> dict:
     """What was measured on, and with which versions."""
-    info = {'platform': platform.platform(), 'torch': torch.__version__}
+    info: dict[str, Any] = {'platform': platform.platform(), 'torch': torch.__version__}
     info |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
     if device == 'cuda':
         properties = torch.cuda.get_device_properties(0)

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import Counter
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,10 +115,10 @@ def difference(one: Any, other: Any, where: str = '') -> str | None:
 
 def die_in_writing(kind: str, number: int) -> None:
     """Kill this process while it writes its checkpoint of that number."""
-    seen = Counter()
+    seen: Counter[str] = Counter()
     put, write_text = LocalBackend.put, checkpointing.write_text
 
-    def die_at(place: str) -> bool:
+    def die_at(place: str) -> None:
         seen[place] += 1
         if kind == place and seen[place] == number:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +130,7 @@ def die_in_writing(kind: str, number: int) -> None:
         put(self, content, path)
         die_at('not yet renamed')
 
-    def name_the_last(path: Path, text: str) -> None:
+    def name_the_last(path: str | Path, text: str) -> None:
         die_at('not yet named the last')
         write_text(path, text)
 
@@ -173,9 +174,18 @@ def train(run: Run, place: dict, kill: tuple) -> None:
     os._exit(status)
 
 
-def attempt(run: Run, kill: tuple = ('never', 0), wait: float | None = None) -> int:
+def kill_group(process: BaseProcess, number: int) -> None:
+    """Send a signal to a process and its workers, those that are left."""
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def attempt(
+    run: Run, kill: tuple = ('never', 0), wait: float | None = None
+) -> int | None:
     """Train to the end, or until it is killed; returns how the first process ended."""
-    places = [{}]
+    places: list[dict[str, str]] = [{}]
     if run.processes > 1:
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
@@ -192,13 +202,11 @@ def attempt(run: Run, kill: tuple = ('never', 0), wait: float | None = None) -> 
     first.join(wait)
     if first.is_alive():
         for process in trains:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, SIGNALS.get(kill[0], signal.SIGKILL))
+            kill_group(process, SIGNALS.get(kill[0], signal.SIGKILL))
         first.join()
     for process in trains:
         if first.exitcode not in (DONE, STOPPED):  # and workers that are left
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process, signal.SIGKILL)
         process.join()
     return first.exitcode
 
@@ -220,7 +228,8 @@ def prove(run: Run, last: str, kills: int) -> dict:
         raise RuntimeError(f'it failed without a kill:\n{end_of_log(whole)}')
     seconds = time.perf_counter() - start
     expected = state_of(whole.work_dir / last)
-    done, compared, ended = Counter(), 0, True
+    done: Counter[str] = Counter()
+    compared, ended = 0, True
     while done.total() < kills or not ended:
         part = run._replace(work_dir=run.work_dir / f'killed_{compared}')
         kind, wait = 'never', None

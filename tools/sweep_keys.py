@@ -7,7 +7,10 @@ keys. The time is that of the backbone's forward pass on the first picture, all 
 turns. Writes a JSON and a plot.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import add_out, find_out, in_turns, machine, save, summary
@@ -47,7 +50,7 @@ def sweep(runner: Runner, metric: str, keys: list[int], rounds: int) -> list[dic
     device = picture.device.type
     backbone.eval()
     with torch.no_grad():
-        calls = {k: lambda k=k: call(k) for k in keys}
+        calls: dict[Any, Callable] = {k: partial(call, k) for k in keys}
         for warm_up in calls.values():
             warm_up()
         times = in_turns(calls, device, rounds, budget=10)

@@ -165,7 +165,7 @@ def result_of(cfg: Config, metric: str) -> dict:
 def best_rates(args: argparse.Namespace, names: list[str]) -> dict[str, list[dict]]:
     """The trials of every variant, the best first; none if the recipe has a rate."""
     cfg = load_config(args)
-    trials = {name: [] for name in names}
+    trials: dict[str, list[dict]] = {name: [] for name in names}
     for rate in cfg.get('learning_rates', {}).get('tried', ()):
         for name in names:
             run = configure(args, name, TRIAL_SEED, rate, trial=True)
@@ -245,8 +245,8 @@ def write_markdown(file: Path, cfg: Config, rows: list[dict]) -> None:
             row['cpu_seconds'],
             round(row['peak_bytes'] / 2**20),
         )
-        text = ('-' if cell is None else str(cell) for cell in cells)
-        lines.append(f'| {" | ".join(text)} |')
+        shown = ('-' if cell is None else str(cell) for cell in cells)
+        lines.append(f'| {" | ".join(shown)} |')
     iterations, seeds = rows[0]['iterations'], len(rows[0]['runs'])
     height, width = cfg.comparison.size
     notes = f"""# {cfg.comparison.heading}
@@ -320,7 +320,7 @@ def main() -> None:
         out /= Path(args.config).stem
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     trials = best_rates(args, names)
-    results = {name: [] for name in names}
+    results: dict[str, list[dict]] = {name: [] for name in names}
     for seed in args.seeds:  # so that an early end leaves all variants alike
         for name in names:
             rate = trials[name][0]['learning_rate'] if trials[name] else None
