@@ -33,6 +33,13 @@ def unpack(masks, num_tokens):
     return (masks.unsqueeze(-1) >> places & 1).bool().flatten(-2)[..., :num_tokens]
 
 
+def check_sums(sums, query, of_group):
+    """Compare the sums of eq. 3 with those in float64; of_group is (B, H, L, G)."""
+    expected = torch.nn.functional.normalize(query.double(), dim=-1)
+    expected = (of_group.double().mT @ expected).sum(0)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 SIZES = [
     # B, H, L, D, G, K
     (2, 2, 196, 32, 48, 98),
@@ -58,9 +65,9 @@ def test_choices_are_exact(dtype, B, H, L, D, G, K):
     index = ranked(centroids.double() @ k.double().mT)[..., :K]
     assert torch.equal(unpack(masks, L), masks_of(index, L))
     assert not unpack(masks, 256)[..., L:].any()
-    expected = ops.assign_queries(q, centroids, True)
-    for x, y in zip((group, sums, counts), expected):
-        assert torch.equal(x, y)
+    of_group = torch.nn.functional.one_hot(group.long(), G)
+    assert torch.equal(counts, of_group.sum((0, 2)).int())
+    check_sums(sums, q, of_group)
 
 
 @pytest.mark.parametrize('dtype', HALVES)
@@ -151,6 +158,23 @@ def test_what_is_not_finite_stays_where_it_is_seen(bad):
     assert sees.any() and not sees.all()
     assert torch.equal(out[0, 0].isfinite().all(-1), ~sees)
     assert lse.isfinite().all()
+
+
+def test_sums_of_few_at_the_ends_of_the_range():
+    q = projection(2, 2, 100, 32, torch.float16)[0].clone()
+    q[0, 0, :20] *= 2**-14  # shorter than 1 / 65504
+    q[0, 1, :20] *= 2**12
+    q[1, 0, :20] = 0
+    q[1, 1, 5, 3] = torch.nan
+    centroids = centroids_of(2, 9, 32)
+    *_, group, _, sums, counts = ops.choose_and_attend(q, q, q, centroids, 5, 0.2, True)
+    of_group = torch.nn.functional.one_hot(group.long(), 9)
+    assert torch.equal(counts, of_group.sum((0, 2)).int())
+    check_sums(sums[:1], q[:, :1], of_group[:, :1])
+    other = torch.arange(9, device=DEVICE) != group[1, 1, 5]
+    assert sums[1, ~other].isnan().all()
+    q[1, 1, 5] = 0  # its group aside, nobody sees it
+    check_sums(sums[1:, other], q[:, 1:], of_group[:, 1:, :, other])
 
 
 def test_repeats_bit_by_bit_and_checks_its_arguments():

@@ -217,9 +217,10 @@ struct SoftmaxRows {
   }
 };
 
-// |scale| in base 2, for exponentials. Not zero, so that -inf stays what it is.
+// |scale| in base 2, for exponentials. Not so small that -inf, or the -2^127 that hides a
+// key, is not far below other scores after it.
 __device__ __forceinline__ float positive_scale_log2(float scale) {
-  return fmaxf(fabsf(scale) * kLog2E, 1e-37f);
+  return fmaxf(fabsf(scale) * kLog2E, 0x1p-100f);
 }
 
 // Warps of a block of 16 queries each: as many as fill with the queries of an average

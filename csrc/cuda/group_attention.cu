@@ -258,14 +258,16 @@ choose_and_attend_cuda(const at::Tensor& query, const at::Tensor& key,
   at::Tensor logsumexp = at::empty({B, H, L}, query.options().dtype(at::kFloat));
   at::Tensor group = at::empty({B, H, L}, ints);
   at::Tensor masks = at::empty({B, H, G, kMaskWords}, ints);
-  const at::Tensor q = aligned_rows(query);
+  const int64_t parts = with_sums && group.numel() > 0 ? B : 0;
+  at::Tensor parts_of_sums = at::empty({parts, H, G, query.size(3)}, logsumexp.options());
+  at::Tensor parts_of_counts = at::empty({parts, H, G}, ints);
   if (group.numel() > 0) {
-    choose_and_attend(q, aligned_rows(key), aligned_rows(value),
+    choose_and_attend(aligned_rows(query), aligned_rows(key), aligned_rows(value),
                       aligned_centroids(centroids), num_keys, scale, out, logsumexp,
-                      group, masks);
+                      group, masks, parts_of_sums, parts_of_counts);
   }
   const auto [sums, counts] =
-      with_sums ? sum_queries(q, group, G) : no_sums(query.options());
+      with_sums ? add_parts(parts_of_sums, parts_of_counts) : no_sums(query.options());
   return {out, logsumexp, group, masks, sums, counts};
 }
 

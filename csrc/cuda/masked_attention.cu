@@ -3,6 +3,7 @@
 
 #include "few_keys.cuh"
 #include "scores.cuh"
+#include "sum_queries.cuh"
 
 namespace mmdgt::cuda {
 
@@ -75,7 +76,7 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
   const int padded = (to.sizes.num_tokens + 15) / 16 * 16;
   const uint32_t* seen[2] = {masks + group[0] * kMaskWords,
                              masks + group[1] * kMaskWords};
-  const float scale_log2 = masked_scale_log2(to.scale);
+  const float scale_log2 = positive_scale_log2(to.scale);
   Row<T> q[2] = {queries[0], queries[1]};
   if (to.scale < 0.f) {
     q[0].negate();
@@ -192,11 +193,12 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
 // Groups whose scores are in shared memory at a time, in tiles of 16.
 constexpr int kScoredTiles = 3;
 
-// Shared memory of choose_and_attend_kernel. Values take the place of scores.
+// Shared memory of choose_and_attend_kernel. Values and, for the sums of eq. 3, the
+// normalised queries take the place of scores, the groups' members that of operands.
 template <typename T>
 struct ChoiceMemory {
   using Operands = CentroidOperands<T, kDim>;
-  int scores, operands, masks, scratch, end;  // offsets, in bytes
+  int scores, queries, operands, masks, scratch, end;  // offsets, in bytes
 
   MMDGT_HOST_DEVICE ChoiceMemory(const Sizes& sizes, int warps) {
     const int padded = padded_rows(sizes.num_tokens);
@@ -204,9 +206,14 @@ struct ChoiceMemory {
     const int tiles = groups < kScoredTiles ? groups : kScoredTiles;
     const int rows = padded * Shared<T>::kRowBytes;
     const int score_bytes = 16 * tiles * stride(sizes) * 4;
+    const int query_bytes = padded * kDim * static_cast<int>(sizeof(float));
     scores = rows;
-    operands = scores + (score_bytes > rows ? score_bytes : rows);
-    masks = operands + tiles * static_cast<int>(Operands::kTileBytes);
+    queries = scores + rows;
+    const int end_of_scores = scores + score_bytes, end_of_rows = queries + query_bytes;
+    operands = end_of_scores > end_of_rows ? end_of_scores : end_of_rows;
+    const int operand_bytes = tiles * static_cast<int>(Operands::kTileBytes);
+    const int member_bytes = warps * sizes.num_groups * 4;
+    masks = operands + (operand_bytes > member_bytes ? operand_bytes : member_bytes);
     scratch = masks + sizes.num_groups * kMaskWords * 4;
     end = scratch + warps * static_cast<int>(sizeof(FewKeysScratch));
   }
@@ -220,7 +227,28 @@ struct Choice {
   const float* centroids;  // (H,G,D)
   int* group;              // (B,H,L)
   uint32_t* masks;         // (B,H,G,kMaskWords)
+  float* sums;             // (B,H,G,D), or null: neither sums nor counts
+  int* counts;             // (B,H,G)
 };
+
+// Leaves the queries of the rows from `first` on, normalised, in rows of kDim.
+template <typename T, int N>
+__device__ __forceinline__ void store_normalised(float* queries, const Row<T> (&q)[N],
+                                                 int first, int padded) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (first + 8 * n >= padded) continue;
+    const float factor = inverse_norm(square_sum(q[n]));
+    float* row = queries + (first + 8 * n + lane / 4) * kDim + 8 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 x = unpack<T>(q[n].x[0][2 * i]), y = unpack<T>(q[n].x[0][2 * i + 1]);
+      *reinterpret_cast<float4*>(row + 4 * i) = {x.x * factor, x.y * factor, y.x * factor,
+                                                 y.y * factor};
+    }
+  }
+}
 
 // Assigns, selects and attends in one go. A warp serves 32 keys and 32 queries.
 template <typename T, int kWarps>
@@ -241,6 +269,8 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   const CentroidOperands<T, kDim> operands{
       reinterpret_cast<FragmentA<T>*>(shared + memory.operands)};
   auto* masks = reinterpret_cast<uint32_t*>(shared + memory.masks);
+  auto* normalised = reinterpret_cast<float*>(shared + memory.queries);
+  auto* members = reinterpret_cast<uint32_t*>(shared + memory.operands);
   auto& scratch = reinterpret_cast<FewKeysScratch*>(shared + memory.scratch)[warp];
 
   copy_head(keys, to.key, sizes, padded);
@@ -255,8 +285,8 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   __syncthreads();
   const float* centroids = choice.centroids + blockIdx.y * sizes.num_groups * sizes.dim;
   float key_norm = 0.f;
-  NearestGroups<N> nearest;
-  bool infinite_key = false, infinite_query = false;
+  float best = -INFINITY;
+  int group = 0;  // of query first + lane
   for (int from = 0; from < sizes.num_groups; from += 16 * kScoredTiles) {
     const int groups = min(sizes.num_groups - from, 16 * kScoredTiles);
     operands.fill(centroids, from, (groups + 15) / 16, sizes.num_groups, sizes.dim,
@@ -271,11 +301,12 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
       k[i] = keys.load_rows(first + 8 * i);
       if (from == 0) key_norm = fmaxf(key_norm, sqrtf(square_sum(k[i])));
     }
+    bool infinite = false;
     for (int tile = 0; 16 * tile < groups; ++tile) {
       float score[N][4];
       score_tokens<T, kDim, N>(operands, tile, k, score);
-      if (tile == 0 && from == 0) infinite_key = has_infinity(score);
-      if (infinite_key) repair_scores(operands, tile, k, score);
+      if (tile == 0) infinite = has_infinity(score);
+      if (infinite) repair_scores(operands, tile, k, score);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         if (first + 8 * n >= padded) continue;
@@ -285,10 +316,21 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
         *reinterpret_cast<float2*>(target + 8 * stride) =
             make_float2(score[n][2], score[n][3]);
       }
+    }
+    NearestGroups<N> nearest;
+    for (int tile = 0; 16 * tile < groups; ++tile) {
+      float score[N][4];
       score_tokens<T, kDim, N>(operands, tile, q, score);
-      if (tile == 0 && from == 0) infinite_query = has_infinity(score);
-      if (infinite_query) repair_scores(operands, tile, q, score);
+      if (tile == 0) infinite = has_infinity(score);
+      if (infinite) repair_scores(operands, tile, q, score);
       nearest.add(score, from / 16 + tile);
+    }
+    nearest.reduce();
+    const float other = __shfl_sync(~0u, nearest.best[0], lane_of_token(lane));
+    const int other_group = __shfl_sync(~0u, nearest.group[0], lane_of_token(lane));
+    if (other > best) {  // the lowest group wins a tie
+      best = other;
+      group = other_group;
     }
     __syncthreads();
     for (int g = warp; g < groups; g += blockDim.x / 32) {
@@ -306,22 +348,32 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   ptx::commit_copies();
   Row<T> q[N];
   load_queries(q);
-  nearest.reduce();
-  const int group = nan_group < sizes.num_groups ? nan_group : nearest.group[0];
-  const int own = first + nearest.own_token(0);
-  if (own < sizes.num_tokens) choice.group[bh * sizes.num_tokens + own] = group;
+  if (nan_group < sizes.num_groups) group = nan_group;
+  const bool exists = first + lane < sizes.num_tokens;
+  if (exists) choice.group[bh * sizes.num_tokens + first + lane] = group;
+  if (choice.sums != nullptr) {
+    store_members(members + warp * sizes.num_groups, exists ? group : -1,
+                  sizes.num_groups);
+    store_normalised(normalised, q, first, padded);
+  }
   int own_group[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    own_group[i] = __shfl_sync(~0u, group, lane_of_token(8 * i + lane / 4));
+    own_group[i] = __shfl_sync(~0u, group, 8 * i + lane / 4);
   }
   ptx::wait_for_copies<0>();
   key_norm = block_max(key_norm, norm_scratch);
   attend_tile(to, {q[0], q[1]}, keys, values, masks, {own_group[0], own_group[1]}, first,
               key_norm);
-  if (first + 16 >= sizes.num_tokens) return;
-  attend_tile(to, {q[2], q[3]}, keys, values, masks, {own_group[2], own_group[3]},
-              first + 16, key_norm);
+  if (first + 16 < sizes.num_tokens) {
+    attend_tile(to, {q[2], q[3]}, keys, values, masks, {own_group[2], own_group[3]},
+                first + 16, key_norm);
+  }
+  if (choice.sums != nullptr) {
+    const int64_t from = bh * sizes.num_groups;
+    sum_head(normalised, members, sizes, choice.sums + from * sizes.dim,
+             choice.counts + from);
+  }
 }
 
 template <typename T>
@@ -366,7 +418,8 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
 void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
                        const at::Tensor& value, const at::Tensor& centroids,
                        int64_t num_keys, double scale, at::Tensor& out,
-                       at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks) {
+                       at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks,
+                       at::Tensor& sums, at::Tensor& counts) {
   const Sizes sizes(query, centroids.size(1), num_keys);
   dispatch_few(query, warps_for(sizes), [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
@@ -375,7 +428,9 @@ void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
         32 * warps_for(sizes), ChoiceMemory<T>(sizes, warps_for(sizes)).end,
         forward_of<T>(query, key, value, nullptr, nullptr, sizes, scale, out, logsumexp),
         Choice{centroids.const_data_ptr<float>(), group.mutable_data_ptr<int>(),
-               reinterpret_cast<uint32_t*>(masks.mutable_data_ptr<int>())});
+               reinterpret_cast<uint32_t*>(masks.mutable_data_ptr<int>()),
+               sums.numel() > 0 ? sums.mutable_data_ptr<float>() : nullptr,
+               counts.mutable_data_ptr<int>()});
   });
 }
 

@@ -69,11 +69,6 @@ __device__ __forceinline__ void fill_masks(uint32_t* masks, const int* __restric
   }
 }
 
-// Not so small that a bias times it is not negligible.
-__device__ __forceinline__ float masked_scale_log2(float scale) {
-  return fmaxf(fabsf(scale) * kLog2E, 0x1p-100f);
-}
-
 // Calls run(Type<T>, integral_constant<int, kWarps>): of at most so many warps.
 template <typename Run>
 void dispatch_few(const at::Tensor& tokens, int warps, Run&& run) {

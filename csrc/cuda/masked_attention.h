@@ -16,11 +16,13 @@ void masked_attention(const at::Tensor& query, const at::Tensor& key,
                       at::Tensor& logsumexp);
 
 // Assigns, selects and attends in one go; centroids and results as in
-// dynamic_group_attention.h.
+// dynamic_group_attention.h. The sums (B,H,G,D) and counts (B,H,G) of eq. 3 are those of
+// each image, left out if empty.
 void choose_and_attend(const at::Tensor& query, const at::Tensor& key,
                        const at::Tensor& value, const at::Tensor& centroids,
                        int64_t num_keys, double scale, at::Tensor& out,
-                       at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks);
+                       at::Tensor& logsumexp, at::Tensor& group, at::Tensor& masks,
+                       at::Tensor& sums, at::Tensor& counts);
 
 // `choice` is index (B,H,G,K) or, if `from_masks`, the masks of choose_and_attend.
 void masked_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,

@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kMaxWarps ? 2 : 1)
   if (to.scale < 0.f) negate_copied(queries, padded);
   __syncthreads();
 
-  const float scale_log2 = masked_scale_log2(to.scale);
+  const float scale_log2 = positive_scale_log2(to.scale);
   FragmentA<T> own_v[2][kDim / 16];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {

@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
       score_tokens<T, D, N>(operands, tile, tokens, score);
       if (tile == 0) infinite = has_infinity(score);
       if (infinite) repair_scores(operands, tile, tokens, score);
-      uint32_t mask[2];  // one bit per key of this thread, for both its groups
-      int place[2], own[2];
+      uint32_t mask[2];       // one bit per key of this thread, for both its groups
+      int place[2], own = 0;  // of both halves, 16 bits each
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int g = 16 * tile + lane / 4 + 8 * half;
@@ -247,23 +247,27 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
           }
         }
         if (!exists) mask[half] = 0;
-        // The quad that shares the group reserves room at once.
-        own[half] = __popc(mask[half]);
-        int sum = own[half];
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-          const int other = __shfl_up_sync(~0u, sum, step, 4);
-          if (lane % 4 >= step) sum += other;
-        }
-        place[half] = 0;
-        if (lane % 4 == 3 && sum > 0) place[half] = atomicAdd(&count[g], sum);
-        own[half] = sum - own[half];
+        own += __popc(mask[half]) << 16 * half;
       }
+      // The quad that shares the group reserves room at once.
+      int sum = own;
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step, 4);
+        if (lane % 4 >= step) sum += other;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int g = 16 * tile + lane / 4 + 8 * half, room = sum >> 16 * half & 0xffff;
+        place[half] = 0;
+        if (lane % 4 == 3 && room > 0) place[half] = atomicAdd(&count[g], room);
+      }
+      own = sum - own;
       if (tile + 1 == tiles) load(first + kWarps * 8 * N);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int g = 16 * tile + lane / 4 + 8 * half;
-        int at = __shfl_sync(~0u, place[half], 3, 4) + own[half];
+        int at = __shfl_sync(~0u, place[half], 3, 4) + (own >> 16 * half & 0xffff);
         Candidate* target = candidates + static_cast<int64_t>(g) * capacity;
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i) {

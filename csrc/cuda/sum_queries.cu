@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "launch.cuh"
+#include "sum_queries.cuh"
 
 namespace mmdgt::cuda {
 namespace {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int count = min(sizes.num_tokens - first, 32);
     const T* rows = query.row(query.head(b, head), first);
     int own_group = 0;
-    float own_factor = 0.f;  // 1 / max(|q|, 1e-12) of this lane's token
+    float own_factor = 0.f;  // of this lane's token
     if (lane < count) {
       own_group = group[(static_cast<int64_t>(b) * heads + head) * sizes.num_tokens +
                         first + lane];
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           square += x.x * x.x + x.y * x.y;
         }
       }
-      own_factor = 1.f / fmaxf(sqrtf(square), 1e-12f);
-      if (isnan(square)) own_factor = square;  // fmaxf would hide it
+      own_factor = inverse_norm(square);
       if (slice == 0) atomicAdd(&all_counts[own_group], 1);
     }
     const T* element = rows + (column < sizes.dim ? column : 0);
@@ -126,6 +125,11 @@ std::tuple<at::Tensor, at::Tensor> sum_queries(const at::Tensor& query,
            counts.mutable_data_ptr<int>(), Sizes(query, G, 0), static_cast<int>(B),
            static_cast<int>(parts));
   });
+  return add_parts(sums, counts);
+}
+
+std::tuple<at::Tensor, at::Tensor> add_parts(const at::Tensor& sums,
+                                             const at::Tensor& counts) {
   return {sums.sum(0), counts.sum(0, false, at::kInt)};
 }
 

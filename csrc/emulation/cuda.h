@@ -88,6 +88,7 @@ std::common_type_t<A, B> max(A a, B b) {
   return std::max<std::common_type_t<A, B>>(a, b);
 }
 using std::isnan;
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __logf(float x) { return std::log(x); }
 inline float __frcp_rn(float x) { return 1.f / x; }
