@@ -246,7 +246,7 @@ def test_the_demo():
 def test_the_page_of_the_demo():
     page = (REPOSITORY / 'docs/demo.md').read_text()
     rows = table('| | single scale | several scales |', page)
-    assert len(rows) == 4
+    assert len(rows) == 6
     for what, single, several, file in rows:
         scores, metric = load(MEASUREMENTS / file.strip('`')), what.split(', ')[1]
         assert float(single) == scores[f'{metric}, single-scale']
