@@ -145,6 +145,7 @@ def test_a_video_that_is_not_written_whole(
     real = cv2.VideoWriter
 
     class Full:  # no subclass: Python's garbage collector fails on those of OpenCV
+        fourcc = real.fourcc
         full = False
 
         def __init__(self, *args):
