@@ -29,12 +29,11 @@ MMDGT_INLINE Normal<V> normal(typename V::Reg x) {
     // needs too.
     constexpr Scalar kTail[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f,
                                 1.061405429f};
-    const auto exponent = x * x * V::broadcast(-0.72134752f);          // -log2(e) / 2
+    const auto exponent = x * x * V::broadcast(-0.72134752f);  // -log2(e) / 2
     // Zero from |x| = 9.5 on, far below that error: gradients times less would be
     // subnormal, with which products take many times as long. NaN stays.
     const auto lowest = V::broadcast(-64);
-    const auto power =
-        exponent < lowest ? V::zero() : V::exp2(V::max(lowest, exponent));
+    const auto power = exponent < lowest ? V::zero() : V::exp2(V::max(lowest, exponent));
     const auto distance = V::max(x, V::zero() - x);
     const auto t =
         V::broadcast(1) /
