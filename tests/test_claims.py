@@ -183,6 +183,49 @@ def test_who_is_ahead():
     )
 
 
+LARGER = {  # file, size of the model, of the images
+    'S, one image of 224x224': ('larger', 's', '224x224'),
+    'S, one image of 512x2048': ('larger', 's', '512x2048'),
+    'S, training step, one of 224x224': ('larger_train', 's', '224x224'),
+    'B, one image of 224x224': ('larger', 'b', '224x224'),
+    'B, one image of 512x2048': ('larger', 'b', '512x2048'),
+    'B, training step, one of 224x224': ('larger_train', 'b', '224x224'),
+    "T, 16 images of 224x224, before GELU's tails were cut": (
+        'batch16',
+        't',
+        '224x224',
+    ),
+    'T, training step of UperNet, two of 512x512': ('upernet_train', 't', '512x512'),
+    'T, training step of Mask R-CNN, one of 800x1280': (
+        'mask_rcnn_train',
+        't',
+        '800x1280',
+    ),
+}
+
+
+def test_larger_and_whole_models():
+    page = (REPOSITORY / 'docs/model_speed.md').read_text()
+    rows = table('| | DGT | Swin, mmpretrain |', page)
+    assert [name for name, *_ in rows] == list(LARGER)
+    for name, *cells in rows:
+        file, kind, size = LARGER[name]
+        results = load(BENCHMARKS / f'model_cpu_{file}.json')['results']
+        which = 'train' if 'train' in file else 'forward'
+        wanted = {'size': size, 'mode': 'eager', 'pass': which}
+        ours = only(results, model=f'dgt_{kind}', **wanted)
+        low, high = ours['ms_quartiles']
+        for model, cell in zip(('dgt', 'swin', 'timm_swin'), cells, strict=True):
+            if not cell:
+                continue
+            row = only(results, model=f'{model}_{kind}', **wanted)
+            ms, _, verdict = cell.partition(', ')
+            assert rounded(ms, row['ms']), (name, cell)
+            first, last = row['ms_quartiles']
+            equal = model != 'dgt' and low <= last and first <= high
+            assert verdict == 'equal' * equal, (name, cell)
+
+
 def test_bfloat16_in_training():
     results = load(BENCHMARKS / 'model_cpu_bf16.json')['results']
     wanted = {'pass': 'train', 'size': '224x224', 'dtype': 'bfloat16'}
