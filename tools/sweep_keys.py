@@ -66,7 +66,7 @@ def name_of(num_keys: int) -> int | str:
 
 
 def plot(file: Path, metric: str, rows: list[dict], trained: int) -> None:
-    """Score by time, every K a point; the K of the training filled."""
+    """Score by time with its quartiles, every K a point; the training's K filled."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -76,6 +76,7 @@ def plot(file: Path, metric: str, rows: list[dict], trained: int) -> None:
     ms, scores = ([row[what] for row in rows] for what in ('ms', 'score'))
     ax.plot(ms, scores, '-o', mfc='none')
     for row in rows:
+        ax.plot(row['ms_quartiles'], [row['score']] * 2, color='C0', alpha=0.3)
         if row['K'] == trained:
             ax.plot(row['ms'], row['score'], 'o', color='C0')
         ax.annotate(
@@ -85,7 +86,8 @@ def plot(file: Path, metric: str, rows: list[dict], trained: int) -> None:
             xytext=(5, -12),
         )
     ax.set(xlabel='backbone, ms a picture', ylabel=metric)
-    ax.margins(x=0.15)
+    ax.set_xlim(0, 1.2 * max(row['ms_quartiles'][1] for row in rows))
+    ax.margins(y=0.15)
     ax.grid(alpha=0.3)
     figure.tight_layout()
     with whole_file(file) as part:
