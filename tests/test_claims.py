@@ -103,84 +103,97 @@ def test_time_grows_with_the_tokens():
     claim(f'[{long / short:.0f} times from 4096 to 262144 tokens]')
 
 
-# A row of the README's table of the network: its file and what it is in there.
+# A row of the tables of the network: its file and what it is in there.
 NETWORK = {
-    'one image of 224x224, K = 98': (
-        'model_cpu',
-        {'size': '224x224', 'batch': 1, 'pass': 'forward'},
-    ),
-    'one image of 512x2048, K = 392': (
-        'model_cpu',
-        {'size': '512x2048', 'batch': 1, 'pass': 'forward'},
-    ),
-    'training step, four of 224x224, K = 98': (
-        'model_cpu_train_224',
-        {'size': '224x224', 'batch': 4, 'pass': 'train'},
-    ),
-    'training step, one of 512x512, K = 392': (
-        'model_cpu_train',
-        {'size': '512x512', 'batch': 1, 'pass': 'train'},
-    ),
+    'one image of 224x224': ('', {'size': '224x224', 'pass': 'forward'}),
+    'one image of 512x2048': ('', {'size': '512x2048', 'pass': 'forward'}),
+    'training step, four of 224x224': ('_train_224', {'pass': 'train'}),
+    'training step, one of 512x512': ('_train', {'pass': 'train'}),
+}
+ON_THE_PAGE = NETWORK | {
+    'the same with K = 392': ('_train_224', {'pass': 'train'}),
+    'four of 224x224, bfloat16': ('_bf16', {'pass': 'forward'}),
+    'training step, the same': ('_bf16', {'pass': 'train'}),
 }
 MODELS = ('dgt_t', 'swin_t', 'timm_swin_t', 'convnext_t')
 
 
-def network():
-    """(case, instruction set, its cells, its rows of the file), a line of the table."""
-    case = None
-    for name, *cells in table('| | DGT-T | Swin-T, mmpretrain |'):
-        case = case if name == 'AVX2' else name
-        file, wanted = NETWORK[case]
-        instructions = 'AVX2' if name == 'AVX2' else 'AVX512'
-        content = load(BENCHMARKS / f'{file}{"_avx2" * (name == "AVX2")}.json')
-        assert content['machine']['instructions'] == instructions
-        wanted = wanted | dict(task='backbone', dtype='float32', mode='eager')
-        rows = [only(content['results'], model=model, **wanted) for model in MODELS]
-        yield case, instructions, cells, rows
+def measured(case, file):
+    """The rows of DGT-T and its rivals in a file of the network."""
+    content = load(BENCHMARKS / file)
+    assert content['machine']['instructions'] == 'AVX' + (
+        '2' if 'avx2' in file else '512'
+    )
+    ours = MODELS[0] + '_k392' * case.endswith('392')
+    wanted = ON_THE_PAGE[case][1] | dict(task='backbone', mode='eager')
+    return [only(content['results'], model=m, **wanted) for m in (ours, *MODELS[1:])]
+
+
+def verdict_on(ours, rival):
+    """Where the quartiles overlap two models are equal."""
+    low, high = ours['ms_quartiles']
+    first, last = rival['ms_quartiles']
+    if low <= last and first <= high:
+        return 'equal'
+    return 'ahead' if ours['ms'] < rival['ms'] else 'behind'
 
 
 def test_times_and_memory_of_the_network():
-    lines = list(network())
-    assert len(lines) == 2 * len(NETWORK)
-    for case, instructions, cells, rows in lines:
-        for cell, row in zip(cells, rows, strict=True):
-            ms, memory = re.fullmatch(r'([\d.]+)(?: \((\d+)\))?', cell).groups()
+    rows = table('| | DGT-T | Swin-T, mmpretrain |')
+    assert [
+        name.removesuffix(', K = 98').removesuffix(', K = 392') for name, *_ in rows
+    ] == [*NETWORK]
+    for case, (_, *cells) in zip(NETWORK, rows, strict=True):
+        for cell, row in zip(
+            cells, measured(case, f'model_cpu{NETWORK[case][0]}.json'), strict=True
+        ):
+            ms, memory = re.fullmatch(r'([\d.]+) \((\d+)\)', cell).groups()
             assert rounded(ms, row['ms']), (case, cell)
-            if instructions == 'AVX512':
-                assert int(memory) == round(row['peak_bytes'] / 2**20), (case, cell)
+            assert int(memory) == round(row['peak_bytes'] / 2**20), (case, cell)
 
 
 def test_who_is_ahead():
-    """Where the quartiles overlap two models are equal."""
     verdicts = {}
-    for case, instructions, _, (ours, *others) in network():
-        low, high = ours['ms_quartiles']
+    for case, (file, _) in NETWORK.items():
+        ours, *others = measured(case, f'model_cpu{file}.json')
         for rival, row in zip(MODELS[1:], others, strict=True):
-            verdict = 'ahead' if ours['ms'] < row['ms'] else 'behind'
-            if low <= row['ms_quartiles'][1] and row['ms_quartiles'][0] <= high:
-                verdict = 'equal'
-            verdicts.setdefault((rival, verdict), set()).add((case, instructions))
+            verdicts.setdefault((rival, verdict_on(ours, row)), []).append(case)
     one, _, step, large_step = NETWORK
-    both = 'AVX512', 'AVX2'
-    assert verdicts['timm_swin_t', 'equal'] == {
-        *((one, instructions) for instructions in both),
-        (step, 'AVX512'),
-    }
-    assert verdicts['swin_t', 'equal'] == {(one, 'AVX512'), (large_step, 'AVX2')}
+    assert verdicts['timm_swin_t', 'equal'] == [one, step]
+    assert verdicts['swin_t', 'equal'] == [one]
     claim(
-        "with timm's Swin-T one image of 224x224 (both rows) and the step at 224x224 on"
-        " AVX-512; with mmpretrain's one image of 224x224 on AVX-512 and the step at"
-        ' 512x512 on AVX2. In all other rows DGT-T is ahead of both Swin-T.'
+        "with timm's Swin-T one image of 224x224 and the step at 224x224, with"
+        " mmpretrain's one image of 224x224. In all other rows DGT-T is ahead of both"
+        ' Swin-T.'
     )
     assert not {('timm_swin_t', 'behind'), ('swin_t', 'behind')} & verdicts.keys()
-    assert verdicts['convnext_t', 'behind'] == {
-        (case, instructions) for case in (one, large_step) for instructions in both
-    }
+    assert verdicts['convnext_t', 'behind'] == [one, large_step]
     assert ('convnext_t', 'ahead') not in verdicts
     claim(
         'ConvNeXt-T is faster with one image of 224x224 and in the step at 512x512,'
         ' equal elsewhere.'
     )
+
+
+def test_the_page_of_the_network():
+    page = (REPOSITORY / 'docs/model_speed.md').read_text()
+    case, cases = None, set()
+    for name, *cells, file in table('| | DGT-T | Swin-T, mmpretrain |', page):
+        case = case if name == 'AVX2' else name
+        cases.add(case)
+        instructions = '_avx2' * (name == 'AVX2')
+        assert file == f'`model_cpu{ON_THE_PAGE[case][0]}{instructions}.json`'
+        ours, *others = measured(case, file.strip('`'))
+        assert rounded(cells[0].partition(',')[0], ours['ms'])
+        for cell, row in zip(cells[1:], others, strict=True):
+            ms, _, verdict = cell.partition(', ')
+            assert rounded(ms, row['ms']), (case, file, cell)
+            assert (verdict_on(ours, row) == 'equal') == (verdict == 'equal'), (
+                case,
+                file,
+                cell,
+            )
+    assert cases == ON_THE_PAGE.keys()
 
 
 LARGER = {  # file, size of the model, of the images
@@ -214,15 +227,13 @@ def test_larger_and_whole_models():
         which = 'train' if 'train' in file else 'forward'
         wanted = {'size': size, 'mode': 'eager', 'pass': which}
         ours = only(results, model=f'dgt_{kind}', **wanted)
-        low, high = ours['ms_quartiles']
         for model, cell in zip(('dgt', 'swin', 'timm_swin'), cells, strict=True):
             if not cell:
                 continue
             row = only(results, model=f'{model}_{kind}', **wanted)
             ms, _, verdict = cell.partition(', ')
             assert rounded(ms, row['ms']), (name, cell)
-            first, last = row['ms_quartiles']
-            equal = model != 'dgt' and low <= last and first <= high
+            equal = model != 'dgt' and verdict_on(ours, row) == 'equal'
             assert verdict == 'equal' * equal, (name, cell)
 
 
@@ -268,6 +279,20 @@ def test_counted_backbones():
         if kind in tables:
             row = counted[tables[kind], f'DGT-{size}']
             assert (row['params (M), here'], row['FLOPs (G), here']) == (params, flops)
+
+
+def test_timed_backbones():
+    results = load(REPOSITORY / 'docs/backbones/backbones.json')['results']
+    row = {(r['table'].split(':')[0], r['backbone']): r for r in results}
+    page = ' '.join((REPOSITORY / 'docs/model_speed.md').read_text().split())
+    verdicts = []
+    for name in ('Table 3', 'Table 4(a)'):
+        for size in 'TSB':
+            ours, theirs = row[name, f'DGT-{size}'], row[name, f'Swin-{size}']
+            verdicts.append(verdict_on(ours, theirs))
+            if verdicts[-1] == 'behind':
+                assert f'({ours["ms"]:.0f} and {theirs["ms"]:.0f}' in page
+    assert verdicts == ['behind', 'behind', 'equal', 'equal', 'ahead', 'ahead']
 
 
 def test_the_demo():

@@ -259,7 +259,7 @@ NOTES = """
   mmdet, mmsegmentation and timm implements.
 """
 TIMED = """\
-- Time: median of some forward passes of the whole model in evaluation mode, one image,
+- Time, where a row has one: median of some forward passes of the whole model in evaluation mode, one image,
   float32, random weights, on {device}; backbones of a size took turns. Mask R-CNN
   runs as it is counted, by mode='tensor': proposals get a box, the best 100 of them a
   mask, and nothing is pasted into the picture. Memory: weights and what a pass adds at
@@ -489,7 +489,9 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
                 linewidth=3 if name == 'DGT' else 1,
             )
         ax.set_yscale('log')
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        ax.yaxis.set_major_locator(
+            ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+        )
         ax.yaxis.set_major_formatter('{x:g}')
         ax.minorticks_off()
         ax.set(xlabel='FLOPs (G)', ylabel='time (s)')
