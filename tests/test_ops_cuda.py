@@ -340,8 +340,10 @@ def test_nothing_to_do(shape):
 
 
 @pytest.mark.parametrize('L', [196, 3136])
-def test_results_repeat_bit_by_bit(L):
-    def run():
+def test_results_repeat_bit_by_bit(monkeypatch, L):
+    def run(seed):
+        # A schedule of its own, as a GPU takes one anyway.
+        monkeypatch.setenv('MMDGT_EMULATE_SHUFFLE', str(seed))
         q, k, v = projection(2, 2, L, 32, torch.bfloat16)
         centroids = centroids_of(2, 48, 32)
         group, sums, _ = ops.assign_queries(q, centroids, True)
@@ -350,7 +352,7 @@ def test_results_repeat_bit_by_bit(L):
         grads = ops.group_attention_backward(out, q, k, v, group, index, out, lse, 0.2)
         return group, sums, index, out, lse, *grads
 
-    for first, second in zip(run(), run()):
+    for first, second in zip(run(1), run(2)):
         assert torch.equal(first, second)
 
 
