@@ -165,6 +165,23 @@ def test_selection_is_exact(dtype, L, K, sort):
     assert torch.equal(index, expected)
 
 
+@pytest.fixture
+def allow_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_sorted_scores_are_float32_whatever_torch_allows(allow_tf32):
+    L, K = 20000, 9000  # so many that select_keys sorts all scores
+    key = integers(1, 1, L, 32, low=-5000, high=5001)  # 13 bits, tf32 has 11
+    centroids = integers(1, 5, 32, seed=1)
+    index = ops.select_keys(key, centroids, K, True).long()
+    expected = ranked(centroids.double() @ key.double().mT)[..., :K]
+    assert torch.equal(index, expected)
+
+
 @pytest.mark.parametrize('D', [8, 64, 128])
 @pytest.mark.parametrize('G', [1, 256])
 def test_selection_of_other_sizes(D, G):

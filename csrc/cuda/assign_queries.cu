@@ -1,4 +1,5 @@
 // Assignment of queries to groups.
+#include <ATen/Context.h>
 #include <ATen/ops/matmul.h>
 
 #include "kernels.h"
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
   }
 }
 
+  const at::NoTF32Guard no_tf32;  // scores decide
 // Where the centroids do not fit in shared memory: all scores, one image at a time.
 void assign_by_matmul(const at::Tensor& query, const at::Tensor& centroids,
                       at::Tensor& group) {
