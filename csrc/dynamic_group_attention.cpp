@@ -107,15 +107,18 @@ void check_same(const at::Tensor& tokens, const char* name, const at::Tensor& qu
   check_tokens(tokens, name);
 }
 
+void check_groups(int64_t number) {
+  TORCH_CHECK(number >= 1 && number <= kMaxGroups, "the number of groups must be 1 to ",
+              kMaxGroups, ", got ", number);
+}
+
 void check_centroids(const at::Tensor& centroids, const at::Tensor& tokens) {
   check_device(centroids, "centroids", tokens);
   TORCH_CHECK(centroids.dim() == 3 && centroids.size(0) == tokens.size(1) &&
                   centroids.size(2) == tokens.size(3),
               "centroids must have shape (H, G, D) with H = ", tokens.size(1),
               " and D = ", tokens.size(3), ", got ", centroids.sizes());
-  TORCH_CHECK(centroids.size(1) >= 1 && centroids.size(1) <= kMaxGroups,
-              "the number of groups must be 1 to ", kMaxGroups, ", got ",
-              centroids.size(1));
+  check_groups(centroids.size(1));
   TORCH_CHECK(centroids.scalar_type() == at::kFloat && centroids.is_contiguous(),
               "centroids must be contiguous float32, got ", centroids.scalar_type(),
               " with strides ", centroids.strides(),
@@ -129,9 +132,8 @@ void check_choice(const at::Tensor& choice, const char* name, const at::Tensor& 
               choice.strides(), "; call .int().contiguous() on it");
 }
 
-void check_attention(const at::Tensor& query, const at::Tensor& key,
-                     const at::Tensor& value, const at::Tensor& group,
-                     const at::Tensor& index) {
+void check_grouped(const at::Tensor& query, const at::Tensor& key,
+                   const at::Tensor& value, const at::Tensor& group) {
   check_tokens(query, "query");
   check_same(key, "key", query);
   check_same(value, "value", query);
@@ -139,13 +141,18 @@ void check_attention(const at::Tensor& query, const at::Tensor& key,
   TORCH_CHECK(group.sizes() == query.sizes().slice(0, 3),
               "group must have shape (B, H, L) = ", query.sizes().slice(0, 3), ", got ",
               group.sizes());
+}
+
+void check_attention(const at::Tensor& query, const at::Tensor& key,
+                     const at::Tensor& value, const at::Tensor& group,
+                     const at::Tensor& index) {
+  check_grouped(query, key, value, group);
   check_choice(index, "index", query);
   TORCH_CHECK(index.dim() == 4 && index.size(0) == query.size(0) &&
                   index.size(1) == query.size(1),
               "index must have shape (B, H, G, K) with B = ", query.size(0),
               " and H = ", query.size(1), ", got ", index.sizes());
-  TORCH_CHECK(index.size(2) >= 1 && index.size(2) <= kMaxGroups,
-              "the number of groups must be 1 to ", kMaxGroups, ", got ", index.size(2));
+  check_groups(index.size(2));
   const int64_t tokens = query.size(2);
   TORCH_CHECK(index.size(3) <= tokens && (index.size(3) >= 1 || tokens == 0),
               "index must name 1 to L = ", tokens, " keys per group, got ",
@@ -175,11 +182,11 @@ std::tuple<at::Tensor, at::Tensor> group_attention(
   return group_attention_impl(query, key, value, group, index, scale);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward(
-    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
-    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
-  check_attention(query, key, value, group, index);
+// What the forward pass left, and the output's gradient, which is returned as the kernels
+// take it.
+at::Tensor check_backward(const at::Tensor& grad_out, const at::Tensor& query,
+                          const at::Tensor& group, const at::Tensor& out,
+                          const at::Tensor& logsumexp) {
   check_same(out, "out", query);
   check_device(logsumexp, "logsumexp", query);
   const auto accumulate = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -191,6 +198,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward(
   const auto grad =
       grad_out.dim() == 4 && grad_out.stride(3) != 1 ? grad_out.contiguous() : grad_out;
   check_same(grad, "grad_out", query);
+  return grad;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& group, const at::Tensor& index,
+    const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
+  check_attention(query, key, value, group, index);
+  const auto grad = check_backward(grad_out, query, group, out, logsumexp);
   return group_attention_backward_impl(grad, query, key, value, group, index, out,
                                        logsumexp, scale);
 }
@@ -222,10 +238,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_and_attend_backward(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& group, const at::Tensor& masks,
     const at::Tensor& out, const at::Tensor& logsumexp, double scale) {
-  check_tokens(query, "query");
+  check_grouped(query, key, value, group);
   check_few(query);
-  const auto grad =
-      grad_out.dim() == 4 && grad_out.stride(3) != 1 ? grad_out.contiguous() : grad_out;
+  check_choice(masks, "masks", query);
+  TORCH_CHECK(masks.dim() == 4 && masks.size(0) == query.size(0) &&
+                  masks.size(1) == query.size(1) && masks.size(3) == kMaskWords,
+              "masks must have shape (B, H, G, ", kMaskWords,
+              ") with B = ", query.size(0), " and H = ", query.size(1), ", got ",
+              masks.sizes());
+  check_groups(masks.size(2));
+  const auto grad = check_backward(grad_out, query, group, out, logsumexp);
   return choose_and_attend_backward_impl(grad, query, key, value, group, masks, out,
                                          logsumexp, scale);
 }

@@ -138,12 +138,14 @@ def test_what_is_no_number_stays_in_its_place():
 
 
 def test_sums_do_not_depend_on_the_threads():
-    x, *_ = draw((3, 64, 20, 50), torch.float32)
+    x, grad, *_ = draw((3, 64, 20, 50), torch.float32)
     threads = torch.get_num_threads()
     results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(ops.gelu_batch_norm_stats(x))
+        mean, var = ops.gelu_batch_norm_stats(x)
+        sums = ops.gelu_batch_norm_backward_reduce(grad, x, mean)
+        results.append((mean, var, *sums))
     torch.set_num_threads(threads)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)

@@ -1,4 +1,5 @@
 // Assignment of queries to groups.
+#include <ATen/Context.h>
 #include <ATen/ops/matmul.h>
 
 #include "kernels.h"
@@ -52,12 +53,9 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
     }
     load(first + kWarps * 8 * N);  // arrives during the reductions
     nearest.reduce();
-#pragma unroll
-    for (int i = 0; i < nearest.kOwn; ++i) {
-      const int token = first + nearest.own_token(i);
-      if (token < end && nearest.owns_tokens()) {
-        group[token] = nan_group < sizes.num_groups ? nan_group : nearest.group[i];
-      }
+    const int token = first + nearest.own_token();
+    if (token < end && nearest.owns_token()) {
+      group[token] = nan_group < sizes.num_groups ? nan_group : nearest.group[0];
     }
   }
 }
@@ -65,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, D * sizeof(T) == 64 ? 4 : 2)
 // Where the centroids do not fit in shared memory: all scores, one image at a time.
 void assign_by_matmul(const at::Tensor& query, const at::Tensor& centroids,
                       at::Tensor& group) {
+  const at::NoTF32Guard no_tf32;  // scores decide
   for (int64_t b = 0; b < query.size(0); ++b) {
     const at::Tensor scores = at::matmul(centroids, query[b].to(at::kFloat).mT());
     group[b].copy_(scores.argmax(1));

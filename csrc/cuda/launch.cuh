@@ -12,6 +12,14 @@
 #include "../emulation/launch.h"
 #endif
 
+namespace mmdgt::cuda {
+
+// Bytes of shared memory that kernels declare themselves beside what they ask for, at the
+// most.
+constexpr size_t kDeclaredBytes = 4096;
+
+}  // namespace mmdgt::cuda
+
 #ifndef MMDGT_EMULATE  // clang-format tears >>> apart after #else
 
 #include <ATen/cuda/CUDAContext.h>
@@ -35,14 +43,16 @@ __device__ __forceinline__ char* dynamic_shared() {
 }
 
 // Starts a kernel on the current stream. Blocks get more than 48 KB of shared memory,
-// what they declare themselves included, only after asking for it.
+// what they declare themselves included, only after asking for it: always for the most
+// there is, as another thread may be about to start the same kernel with more.
 template <typename... Parameters, typename... Arguments>
 void start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
            Arguments&&... arguments) {
   if (shared_bytes > 32 << 10) {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(max_shared_bytes() - kDeclaredBytes)));
   }
   kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(
       std::forward<Arguments>(arguments)...);
@@ -91,7 +101,7 @@ inline dim3 grid_of_heads(int64_t blocks, const at::Tensor& tokens) {
 
 // Whether a block can have so much shared memory, beside what its kernel declares.
 inline bool fits(size_t shared_bytes) {
-  return shared_bytes + 4096 <= max_shared_bytes();
+  return shared_bytes + kDeclaredBytes <= max_shared_bytes();
 }
 
 // Starts a kernel. Who asks for more shared memory than the smallest GPUs have (99 KB)

@@ -73,7 +73,7 @@ __device__ __forceinline__ void attend_tile(const Forward<T>& to,
                                             int first, float key_norm) {
   constexpr float kMaxExponent = 100.f;
   const int lane = threadIdx.x % 32;
-  const int padded = (to.sizes.num_tokens + 15) / 16 * 16;
+  const int padded = padded_rows(to.sizes.num_tokens);
   const uint32_t* seen[2] = {masks + group[0] * kMaskWords,
                              masks + group[1] * kMaskWords};
   const float scale_log2 = positive_scale_log2(to.scale);

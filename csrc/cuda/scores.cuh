@@ -135,10 +135,10 @@ __device__ __forceinline__ void reduce_columns(float (&best)[kAll], int (&group)
 // The best groups of 8 * N tokens, whose scores come a tile of 16 groups at a time.
 template <int N>
 struct NearestGroups {
-  // Tokens of a lane after the reduction: from own_column() on, in columns of which
-  // the i-th stands for token 8 * (i / 2) + 2 * (lane % 4) + i % 2.
-  static constexpr int kOwn = 2 * N > 8 ? N / 4 : 1;
+  // The reduction halves the columns three times and leaves a lane one token.
+  static_assert(2 * N <= 8);
 
+  // Column i stands for token 8 * (i / 2) + 2 * (lane % 4) + i % 2.
   float best[2 * N];
   int group[2 * N];
   int column = 0;
@@ -164,21 +164,20 @@ struct NearestGroups {
       }
     }
   }
-  // By a whole warp; then group[0..kOwn) are those of the own tokens.
+  // By a whole warp; then best[0] and group[0] are those of the own token.
   __device__ __forceinline__ void reduce() {
     reduce_columns<16, 2 * N>(best, group, column);
     reduce_columns<8, (2 * N > 2 ? N : 1)>(best, group, column);
     reduce_columns<4, (2 * N > 4 ? N / 2 : 1)>(best, group, column);
   }
-  // Whether this lane is the first that has its tokens: there may be fewer columns than
+  // Whether this lane is the first that has its token: there may be fewer columns than
   // lanes.
-  __device__ __forceinline__ bool owns_tokens() const {
+  __device__ __forceinline__ bool owns_token() const {
     constexpr int kShared = N >= 4 ? 0 : N == 2 ? 4 : 12;
     return (threadIdx.x & kShared) == 0;
   }
-  __device__ __forceinline__ int own_token(int i) const {
-    const int c = column + i;
-    return 8 * (c / 2) + 2 * (threadIdx.x % 4) + c % 2;
+  __device__ __forceinline__ int own_token() const {
+    return 8 * (column / 2) + 2 * (threadIdx.x % 4) + column % 2;
   }
 };
 

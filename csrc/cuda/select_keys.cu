@@ -4,6 +4,7 @@
 // 2. collect_kernel scores all keys and keeps the candidates beyond it;
 // 3. choose_kernel takes the K best of the candidates. Should the sample have
 //    misled, it scores all keys of the row again.
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/sort.h>
@@ -473,6 +474,7 @@ Plan make_plan(int64_t num_tokens, int64_t num_keys) {
 // For many keys of many, or little shared memory: sort all scores, one image at a time.
 at::Tensor select_by_sorting(const at::Tensor& key, const at::Tensor& centroids,
                              int64_t num_keys) {
+  const at::NoTF32Guard no_tf32;  // scores decide
   at::Tensor index = at::empty({key.size(0), key.size(1), centroids.size(1), num_keys},
                                key.options().dtype(at::kInt));
   for (int64_t b = 0; b < key.size(0); ++b) {

@@ -36,7 +36,9 @@ def assign_queries(
         asked for.
     """
     num_groups = centroids.shape[1]
-    query = query.float()  # whatever the precision of the rest
+    # Scores decide, so half precision will not do. torch.set_float32_matmul_precision
+    # lowers them all the same.
+    query = query.float()
     # Norm(q) scales all scores of a query alike, so the argmax needs none.
     # torch.argmax takes the first of several maxima.
     scores = query @ centroids.mT  # (B, H, L, G)
