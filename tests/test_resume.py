@@ -205,6 +205,23 @@ def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, 
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
 
 
+@pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
+def test_what_was_trained_on_is_not_loaded_again(tmp_path, monkeypatch, loop):
+    loaded = []
+
+    def load(self, index, load=Augmented.__getitem__):
+        loaded.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(Augmented, '__getitem__', load)
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path, loop, [InterruptAt(6, None)]).train()
+    saved = 4 if loop['by_epoch'] else 6  # the iteration
+    loaded.clear()
+    make(tmp_path, loop, resume=True).train()
+    assert len(loaded) == 2 * (8 - saved)
+
+
 def test_a_checkpoint_waits_for_the_step(tmp_path):
     """Three gradients to a step, a checkpoint every four iterations."""
     settings = dict(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mmengine.registry import DATA_SAMPLERS, DATASETS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
@@ -195,13 +195,54 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 class ResumableIterLoop(IterBasedTrainLoop):
     """mmengine's, which goes on without loading what was trained on already."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dataloader_iterator = _Passes(self.dataloader)
+    dataloader: Any  # mmengine's
+
+    def __init__(self, runner: Any, dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        BaseLoop.__init__(self, runner, dataloader)
+        loader = self.dataloader
+        # mmengine up to 0.10.7 starts to load here, by a pass that ends its
+        # InfiniteSampler when another takes its place.
+        super().__init__(runner, _NothingYet(loader.dataset), *args, **kwargs)
+        self.dataloader = loader
+        self.dataloader_iterator = _Passes(loader)
+
+    def run(self) -> Any:
+        """Train, or go on."""
+        if not hasattr(_InfiniteDataloaderIterator, 'skip_iter'):
+            self.dataloader_iterator.skip_iter(self._iter)
+            self.dataloader_iterator.behind = self._iter
+        return super().run()
+
+
+class _NothingYet:
+    """Stands for a loader, of which it has the data set and no batches."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class _Passes(_InfiniteDataloaderIterator):
-    """The batches of a loader, pass after pass."""
+    """The batches of a loader, pass after pass; nothing is loaded before the first.
+
+    Attributes:
+        behind (int): Batches that an older mmengine takes to come to where it goes on,
+            and which are none.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(_NothingYet(loader.dataset))
+        self._iterator = _one_pass(loader)
+        self._dataloader: Any = loader
+        self.behind = 0
+
+    def __next__(self) -> Any:
+        if self.behind:
+            self.behind -= 1
+            return None
+        return super().__next__()
 
     def skip_iter(self, num_iters: int) -> None:
         """Go on behind so many batches."""
@@ -210,6 +251,10 @@ class _Passes(_InfiniteDataloaderIterator):
             self._epoch, num_iters = divmod(num_iters, len(batches))
             batches.sampler.set_epoch(self._epoch)
         batches.start = num_iters
+
+
+def _one_pass(loader: Any) -> Iterator[Any]:
+    yield from loader
 
 
 RESUMABLE = {
