@@ -25,8 +25,9 @@ class CentroidHook(Hook):
 
     After every training iteration: eqs. 3 and 4 with ``tau = factor * lr``, lr as
     the schedule has it in that iteration. Whenever the training log gets a line, for
-    each layer: the share of its groups that got a query (``live``) and the share of
-    a head's queries that fell to its largest group (``largest``, the worst head).
+    each layer that trains: the share of its groups that got a query (``live``) and the
+    share of a head's queries that fell to its largest group (``largest``, the worst
+    head).
     Both go to the visualizer as ``groups/...`` and, the worst of all layers, to the
     training log.
 
@@ -49,9 +50,9 @@ class CentroidHook(Hook):
         self.reseed = reseed
 
     def before_train(self, runner: Runner) -> None:
-        """Look up how often the training log gets a line."""
+        """Look up when the training log gets a line."""
         loggers = (h for h in runner.hooks if isinstance(h, LoggerHook))
-        self.interval = next((logger.interval for logger in loggers), 50)
+        self.logger = next(loggers, LoggerHook(interval=50))
 
     def after_train_iter(
         self,
@@ -66,8 +67,20 @@ class CentroidHook(Hook):
         tau = self.factor * learning_rates.get('base_lr', learning_rates['lr'])[0]
         keep = 1 - tau if self.mirrored else tau
         group_counts = update_centroids(_unwrap(runner.model), keep, self.reseed)
-        if group_counts and self.every_n_train_iters(runner, self.interval):
-            self._report(runner, group_counts)
+        if not self._line_is_due(runner, batch_idx):
+            return
+        # The others do not train: frozen stages, a teacher.
+        trained = {name: x for name, x in group_counts.items() if x.any()}
+        if trained:
+            self._report(runner, trained)
+
+    def _line_is_due(self, runner: Runner, batch_idx: int) -> bool:
+        """Whether LoggerHook, which comes later, will write one."""
+        interval, loader = self.logger.interval, runner.train_dataloader
+        if self.every_n_inner_iters(batch_idx, interval):
+            return True
+        last = not self.logger.ignore_last or len(loader) <= interval
+        return last and self.end_of_epoch(loader, batch_idx)
 
     def _report(self, runner: Runner, group_counts: dict[str, Tensor]) -> None:
         usage = {name: group_usage(counts) for name, counts in group_counts.items()}
