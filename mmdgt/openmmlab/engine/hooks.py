@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
@@ -184,9 +185,11 @@ class LabelCheckHook(Hook):
         self._check(runner, data_batch)
 
     def _check(self, runner: Runner, data_batch: dict) -> None:
-        head = getattr(_unwrap(runner.model), 'decode_head', None)
+        head: Any = getattr(_unwrap(runner.model), 'decode_head', None)
         if head is None:
             return
+        if isinstance(head, nn.ModuleList):  # a cascade, which ends in the last
+            head = head[-1]
         for sample in data_batch['data_samples']:
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]
@@ -204,9 +207,10 @@ class LabelCheckHook(Hook):
 class LossCheckHook(Hook):
     """Stops before a loss that is not finite reaches the weights.
 
-    Names what went wrong first: the pictures, a weight, or the module whose output was
-    the first with a NaN or infinity. Costs one wait for the device an iteration, and
-    nothing a layer: the pass is repeated, layer by layer, only to find the culprit.
+    Names what went wrong first: the pictures, a weight, or, if one process trains, the
+    module whose output was the first with a NaN or infinity. Costs one wait for the
+    device an iteration, and nothing a layer: the pass is repeated, layer by layer, only
+    to find the culprit.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -254,6 +258,12 @@ def _culprit(model: nn.Module, args: tuple, kwargs: dict) -> str:
         return f'the pictures of the batch are not ({files})'
     if bad := not_finite(dict(model.named_parameters())):
         return f'weights are not: {some(bad)}'
+    # The other processes would not take part in what the pass exchanges with them.
+    if get_world_size() > 1:
+        return (
+            'the pictures of the batch and the weights are; a run in one process names'
+            ' the module whose output is the first that is not'
+        )
     found = []
 
     def look(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
