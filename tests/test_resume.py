@@ -429,6 +429,32 @@ def test_nothing_to_resume(tmp_path):
         make(tmp_path, resume=True).train()
 
 
+class Look(Hook):
+    """Remembers the weights that training starts with, and where."""
+
+    def before_train(self, runner):
+        state = runner.model.state_dict()
+        self.seen = runner.iter, {key: x.clone() for key, x in state.items()}
+
+
+def test_with_nothing_to_resume_it_starts_from_the_weights_of_the_config(tmp_path):
+    """Of a job that always says --resume."""
+    make(tmp_path / 'other', dict(ITERATIONS, max_iters=1)).train()
+    file = str(tmp_path / 'other/iter_1.pth')
+    other = torch.load(file, weights_only=True)['state_dict']
+    job = dict(resume='auto', load_from=file)
+    start, rest = Look(), Look()
+    runner = make(tmp_path / 'run', dict(ITERATIONS, max_iters=3), hooks=[start], **job)
+    runner.train()
+    iteration, state = start.seen
+    assert iteration == 0
+    assert_same_bits(state, dict(other))
+    log = next((tmp_path / 'run').glob(f'{runner.timestamp}*/*.log')).read_text()
+    assert f'No checkpoint in {tmp_path}/run: training starts anew from {file}' in log
+    make(tmp_path / 'run', hooks=[rest], **job).train()
+    assert rest.seen[0] == 3
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     class Break(Hook):
         priority = 'LOW'
