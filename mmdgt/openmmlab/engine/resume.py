@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
@@ -178,11 +179,51 @@ def _start_worker(then: Any, leaving: Any, worker: int) -> None:
 
 
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's, which also goes on within an epoch."""
+    """mmengine's, which also goes on within an epoch.
+
+    Attributes:
+        began (int): The iteration that the epoch began with; None if it is not known.
+    """
+
+    dataloader: Any  # mmengine's
+    began: int | None = None
+
+    def place(self) -> dict[str, Any]:
+        """What :meth:`go_on_from` needs to know of an epoch."""
+        return dict(
+            number=self._epoch,
+            began=self.began,
+            size=len(self.dataloader),
+            samples=self.dataloader.batch_sampler.batch_size * get_world_size(),
+        )
+
+    def go_on_from(self, number: int, began: int, size: int, samples: int) -> None:
+        """Find the place in the epoch by that of a checkpoint.
+
+        Of an iteration of another size, by a batch or a number of processes, as many
+        are left out as have no new sample.
+        """
+        done = self._iter - began if self._epoch == number else 0
+        now = self.place()
+        if (size, samples) != (now['size'], now['samples']):
+            self.runner.logger.warning(
+                f'The checkpoint is of epochs of {size} iterations with {samples}'
+                f' samples, this run has {now["size"]} with {now["samples"]}: it goes'
+                f' on at the same samples, but schedules count iterations as before'
+            )
+            left_out = min(done * samples // now['samples'], now['size'])
+            done = now['size'] if done == size else left_out
+        self.began = self._iter - done
 
     def run_epoch(self) -> None:
         """Run what is left of an epoch."""
-        done = self._iter - self._epoch * len(self.dataloader)
+        size = len(self.dataloader)
+        if self.began is None:  # There is no checkpoint, or it is of another hook.
+            self.began = self._epoch * size
+        done = self._iter - self.began
+        if not 0 <= done <= size:
+            self.runner.logger.warning('Epochs had another length: this begins anew')
+            self.began, done = self._iter, 0
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         self.dataloader.batch_sampler.start = done
@@ -190,6 +231,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             self.run_iter(number, batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+        self.began = self._iter
 
 
 class ResumableIterLoop(IterBasedTrainLoop):
