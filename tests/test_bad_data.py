@@ -1,6 +1,7 @@
 """What is no good is served right or refused with its name."""
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,10 +11,12 @@ from mmengine.hooks import Hook
 from PIL import Image
 from test_hooks import make_runner
 from test_resume import make
+from torch import distributed as dist
+from torch import nn
 
 from mmdgt.openmmlab import picture_files
 from mmdgt.openmmlab.apis import config, inference
-from mmdgt.openmmlab.engine import CheckLabelMap, LossCheckHook
+from mmdgt.openmmlab.engine import CheckLabelMap, LabelCheckHook, LossCheckHook
 
 
 def colours():
@@ -91,6 +94,32 @@ def test_label_maps(tmp_path):
             Image.fromarray(labels).save(file)
         with pytest.raises(ValueError, match=rf'labels\.png .*{message}'):
             check(wrong)
+
+
+def test_labels_of_no_class_in_a_cascade_of_heads():
+    """As PointRend and OCRNet have them; the last decides."""
+    from mmengine.structures import PixelData
+    from mmseg.models import FCNHead
+    from mmseg.structures import SegDataSample
+
+    def head(num_classes):
+        loss = dict(type='mmseg.CrossEntropyLoss')
+        return FCNHead(
+            in_channels=4, channels=4, num_classes=num_classes, loss_decode=loss
+        )
+
+    model = torch.nn.Module()
+    model.decode_head = torch.nn.ModuleList([head(9), head(3)])
+    runner = SimpleNamespace(model=model)
+    sample = SegDataSample(
+        metainfo=dict(seg_map_path='x.png', reduce_zero_label=False),
+        gt_sem_seg=PixelData(data=torch.tensor([[[0, 2, 255]]])),
+    )
+    check = LabelCheckHook().before_train_iter
+    check(runner, 0, dict(data_samples=[sample]))
+    sample.gt_sem_seg.data[0, 0, 0] = 3
+    with pytest.raises(ValueError, match=r'x\.png has label 3, expected 0 to 2'):
+        check(runner, 0, dict(data_samples=[sample]))
 
 
 @pytest.mark.parametrize('key', ['image_id', 'category_id'])
@@ -245,3 +274,39 @@ def test_a_loss_that_is_not_finite_stops_the_iteration(tmp_path, what, message):
         saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)['state_dict']
         for name, _ in runner.model.named_parameters():
             assert torch.equal(state[name], saved[name]), name
+
+
+class Exchanging(nn.Module):
+    """Waits for the other processes in its pass, as SyncBN does."""
+
+    passes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.inner = nn.Identity()
+
+    def forward(self, x, mode):
+        self.passes += 1
+        dist.all_reduce(torch.zeros(1))
+        bad = dist.get_rank() == 1  # in one of them alone
+        return {'loss': self.inner(self.weight / 0 if bad else self.weight) * x.sum()}
+
+
+def lose_on_one_rank():
+    """What a process says of its loss, and how often it went through the model."""
+    runner = SimpleNamespace(model=Exchanging(), iter=0)
+    LossCheckHook().before_train(runner)
+    try:
+        runner.model(torch.ones(2), mode='loss')
+    except FloatingPointError as error:
+        return str(error), runner.model.passes
+    return None, runner.model.passes
+
+
+def test_a_loss_that_is_not_finite_on_one_of_two_ranks(on_two_ranks):
+    """The other is not there to repeat the pass with."""
+    (fine, once), (told, passes) = on_two_ranks(lose_on_one_rank)
+    assert (fine, once, passes) == (None, 1, 1)
+    assert 'iteration 1: loss is not finite' in told
+    assert 'a run in one process names the module' in told

@@ -191,6 +191,14 @@ def test_weights_alone_resume_no_training(tool, tiny_models):
         tool('train', tiny_models['mmseg'][1])
 
 
+def test_the_config_of_a_resumed_training_tests_weights_alone(
+    tool, tiny_models, tmp_path
+):
+    """The Runner leaves it in the work dir."""
+    tool('test', tiny_models['mmseg'][1], 'resume=True')
+    assert (tmp_path / 'wd/metrics.json').is_file()
+
+
 def test_an_old_checkpoint_resumes_if_trusted(tmp_path):
     """As mmengine writes them: the logged history as objects of its own."""
     old = dict(meta={}, message_hub=HistoryBuffer([1.0], [1]))

@@ -1,5 +1,7 @@
 """The hooks, in a Runner that trains a small backbone."""
 
+import json
+
 import loops
 import numpy as np
 import pytest
@@ -50,7 +52,13 @@ ONE_CYCLE = dict(
 
 
 def make_runner(
-    work_dir, max_iters=4, resume=False, hooks={}, schedule=LINEAR, **centroid_hook
+    work_dir,
+    max_iters=4,
+    resume=False,
+    hooks={},
+    schedule=LINEAR,
+    loop=None,
+    **centroid_hook,
 ):
     torch.manual_seed(0)  # the model is built before the Runner seeds
     return Runner(
@@ -58,13 +66,12 @@ def make_runner(
         model=Model(),
         work_dir=str(work_dir),
         train_dataloader=LOADER,
-        train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters),
+        train_cfg=loop or dict(type='IterBasedTrainLoop', max_iters=max_iters),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=2.0)),
         param_scheduler=schedule,
         default_hooks=dict(
-            logger=dict(type='LoggerHook', interval=1),
+            **dict(logger=dict(type='LoggerHook', interval=1)) | hooks,
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
-            **hooks,
         ),
         custom_hooks=[
             dict(type='CentroidHook', **centroid_hook),
@@ -113,6 +120,55 @@ def test_group_usage_is_logged(tmp_path):
     written = next(tmp_path.rglob('scalars.json')).read_text()
     assert 'groups/backbone.stages.0.blocks.0.attention/live' in written
     assert 'groups/backbone.stages.0.blocks.0.attention/largest' in written
+
+
+def steps(work_dir, name):
+    """The iterations at which a scalar went to the visualizer."""
+    lines = next(work_dir.rglob('scalars.json')).read_text().splitlines()
+    return [line['step'] for line in map(json.loads, lines) if name in line]
+
+
+@pytest.mark.parametrize(
+    ('interval', 'ignore_last', 'expected'),
+    [(3, True, [3, 7]), (3, False, [3, 4, 7, 8]), (9, True, [4, 8])],
+)
+def test_every_line_of_the_log_has_fresh_figures(
+    tmp_path, interval, ignore_last, expected
+):
+    """Two epochs of four iterations."""
+    logger = dict(type='LoggerHook', interval=interval, ignore_last=ignore_last)
+    runner = make_runner(
+        tmp_path,
+        hooks=dict(logger=logger),
+        loop=dict(type='EpochBasedTrainLoop', max_epochs=2),
+    )
+    runner.train()
+    assert steps(tmp_path, 'loss') == expected
+    attention = 'groups/backbone.stages.0.blocks.0.attention/live'
+    assert steps(tmp_path, attention) == expected
+    shares = runner.message_hub.log_scalars['train/live_groups']
+    assert len(shares.data[0]) == len(expected)
+
+
+@pytest.mark.parametrize('all_frozen', [False, True])
+def test_layers_that_do_not_train_have_no_groups_to_report(tmp_path, all_frozen):
+    runner = make_runner(tmp_path, max_iters=1)
+    teacher = DGT(ARCH, num_groups=5, num_keys=6, out_indices=(1,)).eval()
+    runner.model.teacher = teacher
+    teacher.train = lambda mode=True: teacher
+    if all_frozen:
+        runner.model.backbone = teacher
+        runner.model.weight = torch.nn.Parameter(torch.ones(()))
+        runner.model.register_forward_hook(
+            lambda model, _, out: {'loss': model.weight * out['loss']}
+        )
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    written = next(tmp_path.rglob('scalars.json')).read_text()
+    assert 'groups/teacher' not in written
+    assert ('train/live_groups' in scalars) != all_frozen
+    if not all_frozen:
+        assert scalars['train/live_groups'].current() > 0
 
 
 def test_shares_of_groups():

@@ -83,6 +83,7 @@ def make(
 ):
     torch.manual_seed(0)
     by_epoch, workers = loop['by_epoch'], settings.pop('workers', 0)
+    batch_size = settings.pop('batch_size', 2)
     optim = settings.pop('optim', dict(type='BFloat16OptimWrapper'))
     checkpoint = dict(
         type='AtomicCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 3
@@ -94,7 +95,7 @@ def make(
         work_dir=str(work_dir),
         randomness=dict(seed=3),
         train_dataloader=dict(
-            batch_size=2,
+            batch_size=batch_size,
             num_workers=workers,
             persistent_workers=bool(workers),
             collate_fn=dict(type='default_collate'),
@@ -203,6 +204,76 @@ def test_after_a_crash_it_goes_on_from_the_last_that_was_saved(tmp_path, whole, 
     make(tmp_path, loop, resume=True).train()
     name = 'epoch_2.pth' if loop['by_epoch'] else 'iter_8.pth'
     assert_same_bits(final(tmp_path, name), final(whole[loop['by_epoch']], name))
+
+
+@pytest.mark.parametrize('loop', [EPOCHS, ITERATIONS])
+def test_what_was_trained_on_is_not_loaded_again(tmp_path, monkeypatch, loop):
+    loaded = []
+
+    def load(self, index, load=Augmented.__getitem__):
+        loaded.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(Augmented, '__getitem__', load)
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path, loop, [InterruptAt(6, None)]).train()
+    saved = 4 if loop['by_epoch'] else 6  # the iteration
+    loaded.clear()
+    make(tmp_path, loop, resume=True).train()
+    assert len(loaded) == 2 * (8 - saved)
+
+
+@pytest.mark.parametrize('iteration', [3, 4, 5])
+@pytest.mark.parametrize('batch_size', [1, 2, 3, 4, 5])
+def test_another_batch_size_goes_on_with_the_rest_of_the_epoch(
+    tmp_path, monkeypatch, iteration, batch_size
+):
+    """At the end of the first of three, at the start of the second and within it."""
+    loop, trained = dict(EPOCHS, max_epochs=3), []
+
+    def load(self, index, load=Augmented.__getitem__):
+        trained.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(Augmented, '__getitem__', load)
+    stop = InterruptAt(iteration, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        make(tmp_path, loop, [stop]).train()
+    left = make(tmp_path, loop, resume=True, batch_size=batch_size)
+    behind = len(trained) % 8
+    again = behind % batch_size  # what a batch has in common with those before
+    left.train()
+    assert len(trained) == 24 + again
+    epochs = trained[:8], trained[8 : 16 + again], trained[16 + again :]
+    for epoch in epochs:
+        assert sorted(set(epoch)) == list(range(8))
+    log = next(tmp_path.glob(f'{left.timestamp}*/*.log')).read_text()
+    told = f'with 2 samples, this run has {-(-8 // batch_size)} with {batch_size}:'
+    assert (told in log) == (batch_size != 2)
+
+
+def test_after_another_batch_size_it_goes_on_again(tmp_path):
+    """Where epochs do not begin with a multiple of their length."""
+    loop = dict(EPOCHS, max_epochs=3)
+    for name, iteration in (('whole', None), ('parts', 6)):
+        folder = tmp_path / name
+        make(folder, dict(EPOCHS, max_epochs=1)).train()
+        stop = [] if iteration is None else [InterruptAt(iteration, signal.SIGTERM)]
+        try:
+            make(folder, loop, stop, resume=True, batch_size=1).train()
+        except Interrupted:
+            make(folder, loop, resume=True, batch_size=1).train()
+    assert_same_bits(*(final(tmp_path / x, 'epoch_3.pth') for x in ('whole', 'parts')))
+
+
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_a_checkpoint_of_another_hook_and_batch_size(tmp_path, batch_size):
+    """Where nothing tells the place, the epoch begins anew."""
+    loop, plain = dict(EPOCHS, max_epochs=4), dict(type='CheckpointHook')
+    make(tmp_path, dict(EPOCHS, max_epochs=3), checkpoint=plain).train()
+    rest = make(tmp_path, loop, checkpoint=plain, resume=True, batch_size=batch_size)
+    rest.train()
+    assert rest.iter == 12 + 8 // batch_size
 
 
 def test_a_checkpoint_waits_for_the_step(tmp_path):
@@ -410,6 +481,32 @@ def test_nothing_to_resume(tmp_path):
     (tmp_path / 'iter_1.pth').write_bytes(b'half')
     with pytest.raises(ValueError, match='none of its 1 will do'):
         make(tmp_path, resume=True).train()
+
+
+class Look(Hook):
+    """Remembers the weights that training starts with, and where."""
+
+    def before_train(self, runner):
+        state = runner.model.state_dict()
+        self.seen = runner.iter, {key: x.clone() for key, x in state.items()}
+
+
+def test_with_nothing_to_resume_it_starts_from_the_weights_of_the_config(tmp_path):
+    """Of a job that always says --resume."""
+    make(tmp_path / 'other', dict(ITERATIONS, max_iters=1)).train()
+    file = str(tmp_path / 'other/iter_1.pth')
+    other = torch.load(file, weights_only=True)['state_dict']
+    job = dict(resume='auto', load_from=file)
+    start, rest = Look(), Look()
+    runner = make(tmp_path / 'run', dict(ITERATIONS, max_iters=3), hooks=[start], **job)
+    runner.train()
+    iteration, state = start.seen
+    assert iteration == 0
+    assert_same_bits(state, dict(other))
+    log = next((tmp_path / 'run').glob(f'{runner.timestamp}*/*.log')).read_text()
+    assert f'No checkpoint in {tmp_path}/run: training starts anew from {file}' in log
+    make(tmp_path / 'run', hooks=[rest], **job).train()
+    assert rest.seen[0] == 3
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from mmdgt.openmmlab.engine import Interrupted
+
 TINY = (
     'model.backbone.num_keys=20',
     'model.decode_head.channels=16',
@@ -134,6 +136,53 @@ def test_real_ade20k_pictures(ade20k_sample, repository, run_tool, tmp_path):
         assert len(list((tmp_path / f'show{tta:d}').rglob('*.png'))) == 3
     for name in ('metrics.json', 'metrics_tta.json'):
         assert 0 <= json.loads((work_dir / name).read_text())['mIoU'] <= 100
+
+
+@pytest.fixture
+def built(call_tool, tools, monkeypatch, tmp_path):
+    """The config that tools/train.py would train with, by its text and options."""
+
+    def call(text, *options):
+        file = tmp_path / 'config.py'
+        file.write_text(text)
+        found = []
+
+        def build(cfg):
+            found.append(cfg)
+            raise Interrupted
+
+        monkeypatch.setattr(tools('train'), 'build_runner', build)
+        call_tool('train', file, *options)
+        return found[0]
+
+    return call
+
+
+def test_train_looks_for_the_data_of_the_validation_that_there_is(built, tmp_path):
+    text = f"""
+train_dataloader = dict(dataset=dict(type='X', data_root={str(tmp_path)!r}))
+val_dataloader = dict(dataset=dict(type='X', data_root='nowhere'))
+"""
+    assert 'val_cfg' not in built(text)
+    assert built(text + 'val_cfg = None').val_cfg is None
+    for loop in ("dict(type='ValLoop')", 'dict()'):  # one and the same
+        with pytest.raises(FileNotFoundError, match=r'val_dataloader .*nowhere'):
+            built(f'{text}val_cfg = {loop}')
+
+
+def test_what_train_resumes(built, tmp_path):
+    text = f"""
+train_dataloader = dict(dataset=dict(type='X', data_root={str(tmp_path)!r}))
+load_from = 'pretrained.pth'
+val_cfg = None
+"""
+    for options, expected in (
+        ([], (None, 'pretrained.pth')),
+        (['--resume'], ('auto', 'pretrained.pth')),
+        (['--resume', 'x.pth'], (True, 'x.pth')),
+    ):
+        cfg = built(text, *options)
+        assert (cfg.get('resume'), cfg.load_from) == expected
 
 
 def test_no_data(repository, run_tool, tmp_path):

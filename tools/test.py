@@ -57,6 +57,7 @@ def main() -> None:
     cfg = load_config(args)
     check_data(cfg, 'test_dataloader')
     cfg.load_from = args.checkpoint
+    cfg.resume = False  # In a work dir the config is that of a training, maybe resumed.
     to_folder = FRAMEWORKS[cfg.default_scope].predictions_in_folder
     if args.out and to_folder:
         cfg.test_evaluator.output_dir = args.out

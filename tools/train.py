@@ -43,7 +43,8 @@ def main() -> None:
     if args.trust and not args.resume:
         parser.error('--trust is for --resume')
     cfg = load_config(args)
-    check_data(cfg, 'train_dataloader', *['val_dataloader'] * bool(cfg.val_cfg))
+    validates = cfg.get('val_cfg') is not None  # {} is mmengine's default loop
+    check_data(cfg, 'train_dataloader', *['val_dataloader'] * validates)
     if args.amp == 'float16' and get_device() == 'cpu':
         parser.error('--amp float16 needs a GPU; here use --amp bfloat16')
     if args.amp:
@@ -52,8 +53,11 @@ def main() -> None:
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.resume = (
+            'auto'  # With nothing to go on from, load_from of the config counts.
+        )
+        if args.resume != 'auto':
+            cfg.resume, cfg.load_from = True, args.resume
         cfg.trust = args.trust
 
     with contextlib.suppress(Interrupted):

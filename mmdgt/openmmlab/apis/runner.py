@@ -88,7 +88,7 @@ class StrictRunner(Runner):
 
     _train_dataloader: Any  # mmengine's
     _load_from: str | None
-    _resume: bool
+    _resume: bool | str
 
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
@@ -119,20 +119,26 @@ class StrictRunner(Runner):
         return built
 
     def load_or_resume(self) -> None:
-        """Load what the config says, or go on from the newest complete checkpoint."""
-        if self._resume and self._load_from is None:
+        """Load what the config says, or go on from the newest complete checkpoint.
+
+        With ``resume='auto'``, and with ``resume=True`` without ``load_from``, from the
+        newest in the work dir; if there is none, ``load_from`` is loaded.
+        """
+        if self._resume == 'auto' or (self._resume and self._load_from is None):
             trust = self.cfg.get('trust', False)
             found: list[Path | None] = [None]
             if is_main_process():
                 found = [newest_checkpoint(self.work_dir, trust)]
             broadcast_object_list(found)
-            self._load_from = str(found[0]) if found[0] else None
-            self._resume = self._load_from is not None
-            self.logger.info(
-                f'Going on from {self._load_from}.'
-                if self._resume
-                else f'No checkpoint in {self.work_dir}: training starts anew.'
-            )
+            self._resume = found[0] is not None
+            if self._resume:
+                self._load_from = str(found[0])
+                self.logger.info(f'Going on from {self._load_from}.')
+            else:
+                weights = f' from {self._load_from}' if self._load_from else ''
+                self.logger.info(
+                    f'No checkpoint in {self.work_dir}: training starts anew{weights}.'
+                )
         super().load_or_resume()
 
     def load_checkpoint(

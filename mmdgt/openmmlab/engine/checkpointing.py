@@ -24,7 +24,7 @@ from mmengine.runner import Runner
 
 from ...files import PART, whole_file, write_text
 from ...weights import not_finite, some
-from .resume import SIGNALS, random_state, set_random_state
+from .resume import SIGNALS, ResumableEpochLoop, random_state, set_random_state
 
 INTERIM = 'interim_{}.pth'  # by its iteration; only the newest is kept
 STATE = 'state_of_training'  # by this name in the message hub
@@ -184,6 +184,8 @@ class AtomicCheckpointHook(CheckpointHook):
             sampler_seed=getattr(_sampler(runner), 'seed', None),
             random=all_gather_object(random_state()),
         )
+        if isinstance(runner.train_loop, ResumableEpochLoop):
+            state['epoch'] = runner.train_loop.place()
         runner.message_hub.update_info(STATE, state)
         runner.save_checkpoint(
             self.out_dir,
@@ -202,14 +204,16 @@ class AtomicCheckpointHook(CheckpointHook):
         self.saved_at, self.saved_iter = time.monotonic(), meta['iter']
 
     def _restore(self, runner: Runner, state: dict) -> None:
+        if state['sampler_seed'] is not None:
+            _sampler(runner).seed = state['sampler_seed']
+        if isinstance(runner.train_loop, ResumableEpochLoop) and 'epoch' in state:
+            runner.train_loop.go_on_from(**state['epoch'])
         if len(state['random']) != get_world_size():
             runner.logger.warning(
                 f'The checkpoint is of {len(state["random"])} processes, this run has'
                 f' {get_world_size()}: it goes on, but not as it would have'
             )
             return
-        if state['sampler_seed'] is not None:
-            _sampler(runner).seed = state['sampler_seed']
         set_random_state(state['random'][get_rank()])
 
     def _agree(self, *flags: bool) -> list[bool]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
@@ -25,8 +26,9 @@ class CentroidHook(Hook):
 
     After every training iteration: eqs. 3 and 4 with ``tau = factor * lr``, lr as
     the schedule has it in that iteration. Whenever the training log gets a line, for
-    each layer: the share of its groups that got a query (``live``) and the share of
-    a head's queries that fell to its largest group (``largest``, the worst head).
+    each layer that trains: the share of its groups that got a query (``live``) and the
+    share of a head's queries that fell to its largest group (``largest``, the worst
+    head).
     Both go to the visualizer as ``groups/...`` and, the worst of all layers, to the
     training log.
 
@@ -49,9 +51,9 @@ class CentroidHook(Hook):
         self.reseed = reseed
 
     def before_train(self, runner: Runner) -> None:
-        """Look up how often the training log gets a line."""
+        """Look up when the training log gets a line."""
         loggers = (h for h in runner.hooks if isinstance(h, LoggerHook))
-        self.interval = next((logger.interval for logger in loggers), 50)
+        self.logger = next(loggers, LoggerHook(interval=50))
 
     def after_train_iter(
         self,
@@ -66,8 +68,20 @@ class CentroidHook(Hook):
         tau = self.factor * learning_rates.get('base_lr', learning_rates['lr'])[0]
         keep = 1 - tau if self.mirrored else tau
         group_counts = update_centroids(_unwrap(runner.model), keep, self.reseed)
-        if group_counts and self.every_n_train_iters(runner, self.interval):
-            self._report(runner, group_counts)
+        if not self._line_is_due(runner, batch_idx):
+            return
+        # The others do not train: frozen stages, a teacher.
+        trained = {name: x for name, x in group_counts.items() if x.any()}
+        if trained:
+            self._report(runner, trained)
+
+    def _line_is_due(self, runner: Runner, batch_idx: int) -> bool:
+        """Whether LoggerHook, which comes later, will write one."""
+        interval, loader = self.logger.interval, runner.train_dataloader
+        if self.every_n_inner_iters(batch_idx, interval):
+            return True
+        last = not self.logger.ignore_last or len(loader) <= interval
+        return last and self.end_of_epoch(loader, batch_idx)
 
     def _report(self, runner: Runner, group_counts: dict[str, Tensor]) -> None:
         usage = {name: group_usage(counts) for name, counts in group_counts.items()}
@@ -171,9 +185,11 @@ class LabelCheckHook(Hook):
         self._check(runner, data_batch)
 
     def _check(self, runner: Runner, data_batch: dict) -> None:
-        head = getattr(_unwrap(runner.model), 'decode_head', None)
+        head: Any = getattr(_unwrap(runner.model), 'decode_head', None)
         if head is None:
             return
+        if isinstance(head, nn.ModuleList):  # a cascade, which ends in the last
+            head = head[-1]
         for sample in data_batch['data_samples']:
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= head.num_classes) & (labels != head.ignore_index)]
@@ -191,9 +207,10 @@ class LabelCheckHook(Hook):
 class LossCheckHook(Hook):
     """Stops before a loss that is not finite reaches the weights.
 
-    Names what went wrong first: the pictures, a weight, or the module whose output was
-    the first with a NaN or infinity. Costs one wait for the device an iteration, and
-    nothing a layer: the pass is repeated, layer by layer, only to find the culprit.
+    Names what went wrong first: the pictures, a weight, or, if one process trains, the
+    module whose output was the first with a NaN or infinity. Costs one wait for the
+    device an iteration, and nothing a layer: the pass is repeated, layer by layer, only
+    to find the culprit.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -241,6 +258,12 @@ def _culprit(model: nn.Module, args: tuple, kwargs: dict) -> str:
         return f'the pictures of the batch are not ({files})'
     if bad := not_finite(dict(model.named_parameters())):
         return f'weights are not: {some(bad)}'
+    # The other processes would not take part in what the pass exchanges with them.
+    if get_world_size() > 1:
+        return (
+            'the pictures of the batch and the weights are; a run in one process names'
+            ' the module whose output is the first that is not'
+        )
     found = []
 
     def look(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:

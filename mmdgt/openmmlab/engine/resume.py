@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.registry import DATA_SAMPLERS, DATASETS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
@@ -178,11 +179,51 @@ def _start_worker(then: Any, leaving: Any, worker: int) -> None:
 
 
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's, which also goes on within an epoch."""
+    """mmengine's, which also goes on within an epoch.
+
+    Attributes:
+        began (int): The iteration that the epoch began with; None if it is not known.
+    """
+
+    dataloader: Any  # mmengine's
+    began: int | None = None
+
+    def place(self) -> dict[str, Any]:
+        """What :meth:`go_on_from` needs to know of an epoch."""
+        return dict(
+            number=self._epoch,
+            began=self.began,
+            size=len(self.dataloader),
+            samples=self.dataloader.batch_sampler.batch_size * get_world_size(),
+        )
+
+    def go_on_from(self, number: int, began: int, size: int, samples: int) -> None:
+        """Find the place in the epoch by that of a checkpoint.
+
+        Of an iteration of another size, by a batch or a number of processes, as many
+        are left out as have no new sample.
+        """
+        done = self._iter - began if self._epoch == number else 0
+        now = self.place()
+        if (size, samples) != (now['size'], now['samples']):
+            self.runner.logger.warning(
+                f'The checkpoint is of epochs of {size} iterations with {samples}'
+                f' samples, this run has {now["size"]} with {now["samples"]}: it goes'
+                f' on at the same samples, but schedules count iterations as before'
+            )
+            left_out = min(done * samples // now['samples'], now['size'])
+            done = now['size'] if done == size else left_out
+        self.began = self._iter - done
 
     def run_epoch(self) -> None:
         """Run what is left of an epoch."""
-        done = self._iter - self._epoch * len(self.dataloader)
+        size = len(self.dataloader)
+        if self.began is None:  # There is no checkpoint, or it is of another hook.
+            self.began = self._epoch * size
+        done = self._iter - self.began
+        if not 0 <= done <= size:
+            self.runner.logger.warning('Epochs had another length: this begins anew')
+            self.began, done = self._iter, 0
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         self.dataloader.batch_sampler.start = done
@@ -190,18 +231,60 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             self.run_iter(number, batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+        self.began = self._iter
 
 
 class ResumableIterLoop(IterBasedTrainLoop):
     """mmengine's, which goes on without loading what was trained on already."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dataloader_iterator = _Passes(self.dataloader)
+    dataloader: Any  # mmengine's
+
+    def __init__(self, runner: Any, dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        BaseLoop.__init__(self, runner, dataloader)
+        loader = self.dataloader
+        # mmengine up to 0.10.7 starts to load here, by a pass that ends its
+        # InfiniteSampler when another takes its place.
+        super().__init__(runner, _NothingYet(loader.dataset), *args, **kwargs)
+        self.dataloader = loader
+        self.dataloader_iterator = _Passes(loader)
+
+    def run(self) -> Any:
+        """Train, or go on."""
+        if not hasattr(_InfiniteDataloaderIterator, 'skip_iter'):
+            self.dataloader_iterator.skip_iter(self._iter)
+            self.dataloader_iterator.behind = self._iter
+        return super().run()
+
+
+class _NothingYet:
+    """Stands for a loader, of which it has the data set and no batches."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class _Passes(_InfiniteDataloaderIterator):
-    """The batches of a loader, pass after pass."""
+    """The batches of a loader, pass after pass; nothing is loaded before the first.
+
+    Attributes:
+        behind (int): Batches that an older mmengine takes to come to where it goes on,
+            and which are none.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(_NothingYet(loader.dataset))
+        self._iterator = _one_pass(loader)
+        self._dataloader: Any = loader
+        self.behind = 0
+
+    def __next__(self) -> Any:
+        if self.behind:
+            self.behind -= 1
+            return None
+        return super().__next__()
 
     def skip_iter(self, num_iters: int) -> None:
         """Go on behind so many batches."""
@@ -210,6 +293,10 @@ class _Passes(_InfiniteDataloaderIterator):
             self._epoch, num_iters = divmod(num_iters, len(batches))
             batches.sampler.set_epoch(self._epoch)
         batches.start = num_iters
+
+
+def _one_pass(loader: Any) -> Iterator[Any]:
+    yield from loader
 
 
 RESUMABLE = {
