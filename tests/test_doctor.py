@@ -193,6 +193,22 @@ def test_own_extension_of_another_torch(monkeypatch, ill):
     assert REBUILD in fix
 
 
+@pytest.mark.parametrize(
+    'version',
+    ['2.11.0', '2.11.0+cu130', '2.11.0a0+ecf3bae.nv26.01', '2.11.0.dev20260107+cpu'],
+)
+def test_own_extension_of_this_torch(monkeypatch, recwarn, version):
+    """Headers name the release alone, also those of a container or a nightly."""
+    own = SimpleNamespace(torch_version='2.11.0', limits={'heads': 1})
+    monkeypatch.setitem(sys.modules, 'mmdgt._ext', own)
+    monkeypatch.setattr(torch, '__version__', version)
+    assert extension.load() == ({'heads': 1}, None)
+    assert not recwarn
+    own.torch_version = '2.10.0'
+    with pytest.warns(UserWarning, match=r'built for torch 2\.10\.0, this is 2\.11'):
+        extension.load()
+
+
 def test_own_extension_of_another_gpu(gpu, monkeypatch, ill):
     def fail(*_):
         raise RuntimeError('CUDA error: no kernel image is available for execution')
