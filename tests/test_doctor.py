@@ -23,6 +23,7 @@ from mmdgt.ops import extension
 for _part in ('mmcv._ext', 'mmdgt._ext'):
     pytest.importorskip(_part, reason='not built', exc_type=ImportError)
 
+NO_FILE = 'cannot open shared object file: No such file or directory'
 REBUILD = '--no-build-isolation --no-deps --force-reinstall'
 
 
@@ -252,6 +253,8 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
         ('mmdet', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
+        ('mmengine', f'libGL.so.1: {NO_FILE}', 'apt-get install libgl1 libglib2.0-0'),
+        ('mmcv', f'libgthread-2.0.so.0: {NO_FILE}', 'libgl1 libglib2.0-0'),
         ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],
