@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from mmengine.config import Config
+
+from mmdgt.openmmlab.apis.config import check_data
 
 TINY = (
     'model.backbone.num_keys=20',
@@ -144,6 +147,26 @@ def test_no_data(repository, run_tool, tmp_path):
     assert '--cfg-options data_root=DIR' in result.stderr
     assert 'Traceback' not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('prefix', ['train', ''])
+def test_a_prefix_by_itself(tmp_path, prefix):
+    """As mmpretrain takes them, which reads the same folder."""
+    from mmpretrain.datasets import CustomDataset
+
+    folder = tmp_path / prefix
+    for name in ('cat', 'dog'):
+        (folder / name).mkdir(parents=True)
+        cv2.imwrite(str(folder / name / 'x.png'), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / 'notes.txt').write_text('no picture')
+    settings = dict(data_root=str(tmp_path), data_prefix=prefix)
+    assert len(CustomDataset(**settings)) == 2
+    loader = dict(dataset=dict(type='CustomDataset', **settings))
+    cfg = Config(dict(train_dataloader=loader))
+    check_data(cfg, 'train_dataloader')
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=f'expects data in {folder} '):
+        check_data(cfg, 'train_dataloader')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU has float16')
