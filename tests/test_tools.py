@@ -1,8 +1,11 @@
 """The command-line tools as a user runs them."""
 
+import importlib.util
 import json
+import os
 import pickle
 import shutil
+import subprocess
 
 import cv2
 import numpy as np
@@ -315,6 +318,54 @@ def test_benchmark_of_backbones(benchmark_model, tmp_path):
         assert 0 < row['attention'] < 1 and 0 < row['convolution'] < 1
     assert 'dgt_t deploy' in out
     assert (tmp_path / 'model_backbone_forward_1_float32_contiguous.png').is_file()
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """Run git in a folder below, where all repositories are of its own."""
+    for name in [name for name in os.environ if name.startswith('GIT_')]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path))
+    author = ('-c', 'user.name=x', '-c', 'user.email=x@example.com')
+
+    def run(folder, *command):
+        done = subprocess.run(
+            ['git', *author, *command], cwd=folder, stdout=subprocess.PIPE, check=True
+        )
+        return done.stdout.decode().strip()
+
+    return run
+
+
+def test_results_name_the_commit_of_the_tools_alone(git, tmp_path, monkeypatch):
+    """Not that of a repository where the caller stands or the package is installed."""
+    elsewhere, tools = tmp_path / 'elsewhere', tmp_path / 'own/tools'
+    for folder in (elsewhere, tools):
+        folder.mkdir(parents=True)
+    file = shutil.copy(REPOSITORY / 'tools/measure.py', tools)
+    spec = importlib.util.spec_from_file_location('copy_of_measure', file)
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+
+    def recorded():
+        info = measure.machine('cpu')
+        assert info['torch'] == torch.__version__ and 'cpu' in info
+        return {key: info[key] for key in ('commit', 'clean') if key in info}
+
+    monkeypatch.chdir(elsewhere)
+    assert recorded() == {}
+    for folder in (elsewhere, tools.parent):
+        git(folder, 'init')
+        (folder / 'x').write_text('of the first commit')
+        git(folder, 'add', 'x')
+        git(folder, 'commit', '-m', 'Start')
+    assert recorded() == {}
+    git(tools, 'add', '.')
+    git(tools, 'commit', '-m', 'Go on')
+    commit = git(tools, 'rev-parse', 'HEAD')
+    assert recorded() == dict(commit=commit, clean=True)
+    (tools.parent / 'x').write_text('of no commit')
+    assert recorded() == dict(commit=commit, clean=False)
 
 
 def test_benchmark_of_training(benchmark_model):
