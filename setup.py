@@ -109,6 +109,21 @@ def copied_to(log: Path) -> Iterator[None]:
             tee.stdin.close()
 
 
+@contextlib.contextmanager
+def told_of_failures(extensions: list) -> Iterator[None]:
+    """Have setuptools raise what goes wrong, which it only prints of optional ones.
+
+    Behind it they are optional: one that is not there is not copied.
+    """
+    for extension in extensions:
+        extension.optional = False
+    try:
+        yield
+    finally:
+        for extension in extensions:
+            extension.optional = True
+
+
 def tolerant(build_extension: type) -> type:
     """A build_ext that writes down why it failed, in the package, and goes on."""
 
@@ -121,7 +136,7 @@ def tolerant(build_extension: type) -> type:
             with tempfile.TemporaryDirectory() as folder:
                 log = Path(folder, 'log.txt')
                 try:
-                    with copied_to(log):
+                    with copied_to(log), told_of_failures(self.extensions):
                         super().build_extensions()
                 except Exception as error:
                     if os.getenv('MMDGT_WITH_OPS') == '1':

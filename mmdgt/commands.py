@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-OF_CHECKS = (ValueError, OSError, ImportError, FloatingPointError)
+OF_CHECKS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 # In the text of a traceback: the file and line of its last frame, and the message.
 IN_WORKER = re.compile(
     r'^  File "(.+)", line \d+, in .+\n    (.*)\n(?:    .*\n)*\w\S*: ((?:.+\n?)+)', re.M

@@ -46,11 +46,18 @@ FAILURE_LINES = 8  # that are shown
 CPP20_WRAPPER = (
     r"""printf '#!/bin/sh\nexec c++ "$@" -std=c++20\n' > c++20 && chmod +x c++20"""
 )
+LIBRARIES = (
+    'install the libraries that OpenCV loads; on Debian or Ubuntu run: apt-get install'
+    ' libgl1 libglib2.0-0'
+)
 # What an import error says, and what fixes it.
 IMPORT_FIXES = {
     'pkg_resources': 'run: pip install "setuptools<81"',
     # As mmdet 3.3 and mmsegmentation 1.2 assert.
     'MMCV==2.2': 'run: pip install --no-build-isolation "mmcv<2.2"',
+    # Of OpenCV, which links them, where Debian is as small as in a container.
+    'libGL.so.1: cannot open': LIBRARIES,
+    'libgthread-2.0.so.0: cannot open': LIBRARIES,
     'torchvision::nms': (
         'torch and torchvision are of different builds; install both in one command,'
         ' from one index: pip install --force-reinstall torch torchvision'

@@ -26,8 +26,9 @@ def read_plain_data(file: str, path: str | None = None, trust: bool = False) -> 
         ValueError: If it is damaged, no checkpoint, or more than plain data.
     """
     path = str(path or file)
+    address = str(file).partition('?')[0]  # a download lies under another name
     try:
-        if path.endswith('.safetensors'):
+        if any(name.endswith('.safetensors') for name in (path, address)):
             from safetensors.torch import load_file
 
             return load_file(path)

@@ -1,6 +1,9 @@
 """Every tool takes a checkpoint whole, runs nothing in it, and says what is wrong."""
 
+import functools
+import http.server
 import pickle
+import threading
 
 import cv2
 import numpy as np
@@ -173,6 +176,25 @@ def test_damaged_files(tiny_models, tmp_path):
         (tmp_path / 'x.pth').write_bytes(content)
         with pytest.raises(ValueError, match=r'x\.pth is damaged, .*Copy it again'):
             checkpoints.read_checkpoint(tmp_path / 'x.pth')
+
+
+def test_safetensors_of_an_address(tmp_path, monkeypatch):
+    """mmengine gives what it downloads a name without an end."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    safetensors.save_file({KEY: torch.arange(3.0)}, tmp_path / 'x.safetensors')
+    monkeypatch.setenv('no_proxy', '*')
+    folder = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), folder) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f'http://127.0.0.1:{server.server_port}/x.safetensors'
+            for file in (tmp_path / 'x.safetensors', address, f'{address}?download=1'):
+                found = checkpoints.read_weights(str(file))
+                assert torch.equal(found[KEY], torch.arange(3.0))
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_framework_reads_safely_too(evil, call_tool):

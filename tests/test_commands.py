@@ -20,7 +20,11 @@ def check(x):
     if x == 'number':
         int(x)
     if x == 'type':
-        raise TypeError('of ours, and a defect')
+        raise TypeError('expected good, got bad')
+    if x == 'argument':
+        check()
+    if x == 'key':
+        raise KeyError('of ours, and a defect')
     if x == 'library':
         json.loads('{')
     if x == 'not finite':
@@ -40,9 +44,9 @@ def main():
         list(DataLoader(Checked(sys.argv[2:]), num_workers=1))
     if sys.argv[1] == 'again':
         try:
-            check('bad')
-        except ValueError as error:
-            exec('raise ValueError(f"built: {error}") from error')
+            check(sys.argv[2])
+        except Exception as error:
+            exec('raise type(error)(f"built: {error}") from error')
     check(sys.argv[1])
 """
 
@@ -64,7 +68,18 @@ def end(tmp_path):
     return call
 
 
-@pytest.mark.parametrize('arguments', ['bad', 'again', 'not finite', 'in a worker,bad'])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        'bad',
+        'type',
+        'again,bad',
+        'again,type',
+        'not finite',
+        'in a worker,bad',
+        'in a worker,type',
+    ],
+)
 def test_a_check_of_ours_is_told_without_a_traceback(end, arguments):
     """Also where a framework raised its message anew, as when it builds a model."""
     told = end(*arguments.split(','))
@@ -72,7 +87,17 @@ def test_a_check_of_ours_is_told_without_a_traceback(end, arguments):
 
 
 @pytest.mark.parametrize(
-    'arguments', ['number', 'type', 'library', 'in a worker,number', 'in a worker,type']
+    'arguments',
+    [
+        'number',
+        'argument',
+        'key',
+        'library',
+        'again,argument',
+        'in a worker,number',
+        'in a worker,argument',
+        'in a worker,key',
+    ],
 )
 def test_what_nobody_expected_keeps_its_traceback(end, arguments):
     status, _, told = end(*arguments.split(','))

@@ -23,6 +23,7 @@ from mmdgt.ops import extension
 for _part in ('mmcv._ext', 'mmdgt._ext'):
     pytest.importorskip(_part, reason='not built', exc_type=ImportError)
 
+NO_FILE = 'cannot open shared object file: No such file or directory'
 REBUILD = '--no-build-isolation --no-deps --force-reinstall'
 
 
@@ -193,6 +194,22 @@ def test_own_extension_of_another_torch(monkeypatch, ill):
     assert REBUILD in fix
 
 
+@pytest.mark.parametrize(
+    'version',
+    ['2.11.0', '2.11.0+cu130', '2.11.0a0+ecf3bae.nv26.01', '2.11.0.dev20260107+cpu'],
+)
+def test_own_extension_of_this_torch(monkeypatch, recwarn, version):
+    """Headers name the release alone, also those of a container or a nightly."""
+    own = SimpleNamespace(torch_version='2.11.0', limits={'heads': 1})
+    monkeypatch.setitem(sys.modules, 'mmdgt._ext', own)
+    monkeypatch.setattr(torch, '__version__', version)
+    assert extension.load() == ({'heads': 1}, None)
+    assert not recwarn
+    own.torch_version = '2.10.0'
+    with pytest.warns(UserWarning, match=r'built for torch 2\.10\.0, this is 2\.11'):
+        extension.load()
+
+
 def test_own_extension_of_another_gpu(gpu, monkeypatch, ill):
     def fail(*_):
         raise RuntimeError('CUDA error: no kernel image is available for execution')
@@ -236,6 +253,8 @@ def test_an_nvcc_that_calls_another(tmp_path, gpu, monkeypatch, ill):
         ('mmseg.models', "No module named 'ftfy'", 'pip install ftfy'),
         ('mmpretrain.models', 'torchvision::nms does not exist', 'torch and torchvis'),
         ('mmdet', 'MMCV==2.2.0 is used but incompatible', '"mmcv<2.2"'),
+        ('mmengine', f'libGL.so.1: {NO_FILE}', 'apt-get install libgl1 libglib2.0-0'),
+        ('mmcv', f'libgthread-2.0.so.0: {NO_FILE}', 'libgl1 libglib2.0-0'),
         ('mmdgt.openmmlab', "cannot import name 'analysis'", 'versions that fit'),
         ('mmdgt.ops', "no attribute 'register_fake'", 'torch>=2.4'),
     ],

@@ -78,6 +78,40 @@ def test_whose_classes_need_all_scores(predictor):
     assert not scores_classes_apart(model)
 
 
+def of_two_classes(model):
+    model.decode_head.update(num_classes=2, out_channels=1, threshold=0.5)
+
+
+def of_a_cascade(model):
+    model.update(type='CascadeEncoderDecoder', num_stages=2)
+    context = dict(model.auxiliary_head, type='OCRHead', ocr_channels=8)
+    for key in ('num_convs', 'concat_input'):
+        context.pop(key)
+    model.decode_head = [model.auxiliary_head, context]
+    model.auxiliary_head = None
+
+
+@pytest.mark.parametrize('change', [of_two_classes, of_a_cascade])
+def test_what_is_found_is_what_is_predicted(tiny_models, change):
+    """Also by heads with one score for two classes, and by several in turn."""
+    cfg = Config.fromfile(tiny_models['mmseg'][0])
+    change(cfg.model)
+    ours = Predictor(cfg, None, 'cpu')
+    scores = ours.predict(picture()).seg_logits.data
+    single = len(scores) == 1  # given as a probability
+    scores = scores.logit() if single else scores
+    *_, last = (m for m in ours.model.decode_head.modules() if hasattr(m, 'conv_seg'))
+    # To win about as often as the others.
+    last.conv_seg.bias.data -= scores.flatten(1).median(dim=1).values
+    expected = ours.predict(picture())
+    labels = ours.find(picture()).pred_sem_seg.data
+    assert torch.equal(labels, expected.pred_sem_seg.data)
+    if single:
+        assert torch.equal(labels, (expected.seg_logits.data > 0.5).to(labels))
+    assert len(labels.unique()) > 1
+    assert ours.draw(picture()).shape == picture().shape
+
+
 def test_as_the_inferencer_of_mmdetection(tiny_models, predictor, file):
     from mmdet.apis import DetInferencer
 

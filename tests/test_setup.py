@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-COMPILER = """#!/bin/sh
+COMPILERS = {
+    'kernels.cpp:7:1: error: no such instruction': """#!/bin/sh
 case "$*" in
   *csrc*) echo 'kernels.cpp:7:1: error: no such instruction' >&2; exit 1 ;;
 esac
 exec c++ "$@"
-"""
+""",
+    'ld: error: no such library': """#!/bin/sh
+case "$*" in
+  *' -shared '*) echo 'ld: error: no such library' >&2; exit 1 ;;
+  *csrc*) while [ "$1" != -o ]; do shift; done; exec touch "$2" ;;
+esac
+exec c++ "$@"
+""",
+}
 
 
 def build(folder, *options, **environment):
@@ -27,28 +36,49 @@ def build(folder, *options, **environment):
     )
 
 
-@pytest.fixture
-def compiler(tmp_path):
-    path = tmp_path / 'broken-c++'
-    path.write_text(COMPILER)
-    path.chmod(0o755)
-    return str(path)
+@pytest.fixture(params=COMPILERS, ids=['compiler', 'linker'])
+def says(request):
+    return request.param
 
 
-def test_a_failing_compiler_is_written_down(tmp_path, compiler):
+@pytest.fixture(params=['ninja', 'no ninja'])
+def compiler(tmp_path, says, request):
+    """Variables that name a compiler which fails, with and without ninja.
+
+    What a compiler says without it, and a linker always, setuptools only prints if an
+    extension is optional.
+    """
+    scripts = {'broken-c++': COMPILERS[says], 'ninja': '#!/bin/sh\nexit 1\n'}
+    if request.param == 'ninja':
+        if not pytest.importorskip('torch.utils.cpp_extension').is_ninja_available():
+            pytest.skip('ninja is not installed')
+        del scripts['ninja']
+    for name, script in scripts.items():
+        path = tmp_path / 'bin' / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(script)
+        path.chmod(0o755)
+    path = f'{tmp_path}/bin:{os.environ["PATH"]}'
+    return {'CXX': f'{tmp_path}/bin/broken-c++', 'PATH': path}
+
+
+def test_a_failing_compiler_is_written_down(tmp_path, compiler, says):
     pytest.importorskip('mmcv')
-    done = build(tmp_path, CXX=compiler)
+    done = build(tmp_path, **compiler)
     assert done.returncode == 0, done.stderr
     assert 'without its compiled operators: building them failed' in done.stderr
     failure = (tmp_path / 'lib/mmdgt/_ext_failure.txt').read_text()
-    assert 'kernels.cpp:7:1: error: no such instruction' in failure
+    assert says in failure
     assert not list(tmp_path.rglob('*.so'))
 
 
-def test_a_failing_compiler_fails_where_kernels_were_asked_for(tmp_path, compiler):
+def test_a_failing_compiler_fails_where_kernels_were_asked_for(
+    tmp_path, compiler, says
+):
     pytest.importorskip('mmcv')
-    done = build(tmp_path, CXX=compiler, MMDGT_WITH_OPS='1')
-    assert done.returncode != 0 and not list(tmp_path.rglob('_ext*'))
+    done = build(tmp_path, **compiler, MMDGT_WITH_OPS='1')
+    assert done.returncode != 0 and says in done.stdout + done.stderr
+    assert not list(tmp_path.rglob('_ext*'))
 
 
 def test_kernels_are_left_out_on_demand(tmp_path):

@@ -1,14 +1,20 @@
 """The command-line tools as a user runs them."""
 
+import importlib.util
 import json
+import os
 import pickle
 import shutil
+import subprocess
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from mmengine.config import Config
+
+from mmdgt.openmmlab.apis.config import check_data
 
 from mmdgt.openmmlab.engine import Interrupted
 
@@ -195,6 +201,26 @@ def test_no_data(repository, run_tool, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('prefix', ['train', ''])
+def test_a_prefix_by_itself(tmp_path, prefix):
+    """As mmpretrain takes them, which reads the same folder."""
+    from mmpretrain.datasets import CustomDataset
+
+    folder = tmp_path / prefix
+    for name in ('cat', 'dog'):
+        (folder / name).mkdir(parents=True)
+        cv2.imwrite(str(folder / name / 'x.png'), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / 'notes.txt').write_text('no picture')
+    settings = dict(data_root=str(tmp_path), data_prefix=prefix)
+    assert len(CustomDataset(**settings)) == 2
+    loader = dict(dataset=dict(type='CustomDataset', **settings))
+    cfg = Config(dict(train_dataloader=loader))
+    check_data(cfg, 'train_dataloader')
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=f'expects data in {folder} '):
+        check_data(cfg, 'train_dataloader')
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU has float16')
 def test_float16_without_a_gpu(trained, run_tool):
     result = run_tool('train.py', *trained[1], '--amp', check=False)
@@ -341,6 +367,54 @@ def test_benchmark_of_backbones(benchmark_model, tmp_path):
         assert 0 < row['attention'] < 1 and 0 < row['convolution'] < 1
     assert 'dgt_t deploy' in out
     assert (tmp_path / 'model_backbone_forward_1_float32_contiguous.png').is_file()
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """Run git in a folder below, where all repositories are of its own."""
+    for name in [name for name in os.environ if name.startswith('GIT_')]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path))
+    author = ('-c', 'user.name=x', '-c', 'user.email=x@example.com')
+
+    def run(folder, *command):
+        done = subprocess.run(
+            ['git', *author, *command], cwd=folder, stdout=subprocess.PIPE, check=True
+        )
+        return done.stdout.decode().strip()
+
+    return run
+
+
+def test_results_name_the_commit_of_the_tools_alone(git, tmp_path, monkeypatch):
+    """Not that of a repository where the caller stands or the package is installed."""
+    elsewhere, tools = tmp_path / 'elsewhere', tmp_path / 'own/tools'
+    for folder in (elsewhere, tools):
+        folder.mkdir(parents=True)
+    file = shutil.copy(REPOSITORY / 'tools/measure.py', tools)
+    spec = importlib.util.spec_from_file_location('copy_of_measure', file)
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+
+    def recorded():
+        info = measure.machine('cpu')
+        assert info['torch'] == torch.__version__ and 'cpu' in info
+        return {key: info[key] for key in ('commit', 'clean') if key in info}
+
+    monkeypatch.chdir(elsewhere)
+    assert recorded() == {}
+    for folder in (elsewhere, tools.parent):
+        git(folder, 'init')
+        (folder / 'x').write_text('of the first commit')
+        git(folder, 'add', 'x')
+        git(folder, 'commit', '-m', 'Start')
+    assert recorded() == {}
+    git(tools, 'add', '.')
+    git(tools, 'commit', '-m', 'Go on')
+    commit = git(tools, 'rev-parse', 'HEAD')
+    assert recorded() == dict(commit=commit, clean=True)
+    (tools.parent / 'x').write_text('of no commit')
+    assert recorded() == dict(commit=commit, clean=False)
 
 
 def test_benchmark_of_training(benchmark_model):

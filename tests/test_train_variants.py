@@ -134,7 +134,7 @@ def test_ablation(ablate, tmp_path, capsys):
         assert cells in markdown
         for run in row['runs']:
             assert run['cpu_seconds'] > 0
-            assert {'commit', 'clean', 'versions'} <= run['machine'].keys()
+            assert {'torch', 'versions'} <= run['machine'].keys()
     assert (tmp_path / 'out/tiny.png').read_bytes().startswith(b'\x89PNG')
     # What differs has reached the runs.
     dumped = {v: (tmp_path / f'runs/{v}/seed_1/tiny.py').read_text() for v in variants}

@@ -200,25 +200,47 @@ def machine(device: str) -> dict:
             'cuda': torch.version.cuda,
             'cudnn': torch.backends.cudnn.version(),
         }
+        name = 'driver'
         query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
     else:
+        name = 'cpu'
         query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
         info['instructions'] = torch.backends.cpu.get_cpu_capability()
         info['threads'] = torch.get_num_threads()
         pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
         if pages.exists():  # such as "always [madvise] never"
             info['large_pages'] = pages.read_text().split('[')[1].split(']')[0]
-    for key, command in (
-        ('driver' if device == 'cuda' else 'cpu', query),
-        ('commit', ['git', 'rev-parse', 'HEAD']),
-        ('changed', ['git', 'status', '--porcelain', '--untracked-files=no']),
-    ):
-        with contextlib.suppress(OSError):
-            done = subprocess.run(command, capture_output=True, text=True)
-            info[key] = done.stdout.strip().split(': ')[-1]
-    if 'changed' in info:  # whether anything differed from the commit
-        info['clean'] = not info.pop('changed')
-    return info | {'versions': versions()}
+    with contextlib.suppress(OSError):
+        done = subprocess.run(query, capture_output=True, text=True)
+        info[name] = done.stdout.strip().split(': ')[-1]
+    return info | revision() | {'versions': versions()}
+
+
+def revision() -> dict:
+    """The commit of this file, and whether nothing differed from it.
+
+    Empty where git does not know the file, as when it was installed by a wheel, though
+    it may lie in a repository of something else.
+    """
+    file = Path(__file__).resolve()
+
+    def git(*command: str | Path) -> str:
+        done = subprocess.run(
+            ['git', *command],
+            cwd=file.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        git('ls-files', '--error-unmatch', file)
+        commit = git('rev-parse', 'HEAD')
+        changed = git('status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {'commit': commit, 'clean': not changed}
 
 
 def versions() -> dict[str, str]:

@@ -53,9 +53,8 @@ def main() -> None:
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = (
-            'auto'  # With nothing to go on from, load_from of the config counts.
-        )
+        # 'auto': with nothing to go on from, load_from of the config counts.
+        cfg.resume = args.resume
         if args.resume != 'auto':
             cfg.resume, cfg.load_from = True, args.resume
         cfg.trust = args.trust

@@ -1,6 +1,7 @@
 """The compiled extension: whether it loads, and what its kernels take."""
 
 import importlib
+import re
 import warnings
 
 import torch
@@ -32,7 +33,7 @@ def load() -> tuple[dict, str | None]:
         )
     else:
         limits = getattr(extension, 'limits', {})
-        if extension.torch_version != torch.__version__.split('+')[0]:
+        if extension.torch_version != _release(torch.__version__):
             problem = (
                 'the extension mmdgt._ext was built for torch'
                 f' {extension.torch_version}, this is {torch.__version__}'
@@ -43,6 +44,11 @@ def load() -> tuple[dict, str | None]:
             return limits, None
     warnings.warn(f'{problem}; {HOW_TO_BUILD}', stacklevel=3)
     return limits, problem
+
+
+def _release(version: str) -> str:
+    """'2.11.0' of '2.11.0a0+ecf3bae.nv26.01', which is all that torch's headers say."""
+    return '.'.join(re.findall(r'\d+', version)[:3])
 
 
 def devices(operator: str = 'group_attention') -> list[str]:

@@ -114,7 +114,10 @@ def check_data(cfg: Config, *loaders: str) -> None:
         while 'dataset' in dataset:  # wrapped, to repeat it for instance
             dataset = dataset.dataset
         root = dataset.get('data_root') or ''
-        parts = {'data_root': '', **dataset.get('data_prefix', {})}
+        prefixes = dataset.get('data_prefix', {})
+        if isinstance(prefixes, str):  # as mmpretrain takes them
+            prefixes = {'data_prefix': prefixes}
+        parts = {'data_root': '', **prefixes}
         if dataset.get('ann_file'):
             parts['ann_file'] = dataset.ann_file
         for setting, part in parts.items():

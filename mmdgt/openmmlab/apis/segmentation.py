@@ -14,9 +14,11 @@ def scores_classes_apart(model: EncoderDecoder) -> bool:
     head = type(model.decode_head)
     own = BaseDecodeHead
     return (
-        model.test_cfg.get('mode', 'whole') == 'whole'
-        and model.num_classes > 1  # else scores are held against a threshold
+        issubclass(head, own)  # a cascade has a list of heads
         and (head.predict, head.predict_by_feat) == (own.predict, own.predict_by_feat)
+        and model.test_cfg.get('mode', 'whole') == 'whole'
+        # A single score, as two classes may have, is held against a threshold.
+        and model.out_channels > 1
     )
 
 
