@@ -15,7 +15,6 @@ from conftest import REPOSITORY
 from mmengine.config import Config
 
 from mmdgt.openmmlab.apis.config import check_data
-
 from mmdgt.openmmlab.engine import Interrupted
 
 TINY = (

@@ -259,11 +259,12 @@ NOTES = """
   mmdet, mmsegmentation and timm implements.
 """
 TIMED = """\
-- Time, where a row has one: median of some forward passes of the whole model in evaluation mode, one image,
-  float32, random weights, on {device}; backbones of a size took turns. Mask R-CNN
-  runs as it is counted, by mode='tensor': proposals get a box, the best 100 of them a
-  mask, and nothing is pasted into the picture. Memory: weights and what a pass adds at
-  its peak. `backbones.json` has the number of passes, quartiles and versions.
+- Time, where a row has one: median of some forward passes of the whole model in
+  evaluation mode, one image, float32, random weights, on {device};
+  backbones of a size took turns. Mask R-CNN runs as it is counted, by mode='tensor':
+  proposals get a box, the best 100 of them a mask, and nothing is pasted into the
+  picture. Memory: weights and what a pass adds at its peak. `backbones.json` has the
+  number of passes, quartiles and versions.
 """
 
 
