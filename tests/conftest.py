@@ -66,6 +66,20 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _forget_visualizers():
+    """Those of one name, the second of the start, are one object: mmengine keeps it.
+
+    The folder it writes to goes with the test that made it.
+    """
+    yield
+    if visualization := sys.modules.get('mmengine.visualization'):
+        kinds = [visualization.Visualizer]
+        for kind in kinds:
+            kind._instance_dict.clear()
+            kinds += kind.__subclasses__()
+
+
 @pytest.fixture
 def repository():
     return REPOSITORY
