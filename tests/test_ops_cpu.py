@@ -344,6 +344,22 @@ def test_large_numbers(dtype):
     assert dtype == torch.float16 or all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize(('L', 'K'), ((300, 20), (60, 40)))  # apart, together
+@pytest.mark.parametrize('scale', (0.2, -0.2))
+def test_scores_that_are_rounded_by_more_than_any_exponent(dtype, L, K, scale):
+    size = (1, 2, L, 32, 4, K)
+    tokens = make_tokens(size, dtype, 'projection').clone()
+    tokens[:2] *= 1e5
+    choice = make_choice(size)
+    out, logsumexp = ops.group_attention(*tokens, *choice, scale)
+    wide = tokens.double()
+    close = (out.double() - attend_in_loops(*wide, *choice, scale)).abs() < 0.02
+    assert close.double().mean() > 0.99
+    truth = logsumexp_in_loops(*wide[:2], *choice, scale)
+    torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('bad', (math.nan, math.inf))
 def test_nan_stays_in_its_slice(dtype, bad):

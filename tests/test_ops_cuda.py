@@ -356,12 +356,13 @@ def test_nothing_to_do(shape):
     assert all(x.shape == shape for x in (out, *grads))
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('L', [196, 3136])
-def test_results_repeat_bit_by_bit(monkeypatch, L):
+def test_results_repeat_bit_by_bit(monkeypatch, L, dtype):
     def run(seed):
         # A schedule of its own, as a GPU takes one anyway.
         monkeypatch.setenv('MMDGT_EMULATE_SHUFFLE', str(seed))
-        q, k, v = projection(2, 2, L, 32, torch.bfloat16)
+        q, k, v = projection(2, 2, L, 32, dtype)
         centroids = centroids_of(2, 48, 32)
         group, sums, _ = ops.assign_queries(q, centroids, True)
         index = ops.select_keys(k, centroids, 98, False)

@@ -81,38 +81,54 @@ MMDGT_INLINE typename V::Reg keep_first(typename V::Reg reg, int64_t count) {
   return count < V::kWidth ? V::keep(reg, (1u << count) - 1) : reg;
 }
 
-// Row maxima of factor * score, lane by lane.
+// 1 or -1: sign * score is largest where factor * score is.
+template <class Scalar>
+MMDGT_INLINE Scalar sign_of(Scalar factor) {
+  return factor < 0 ? Scalar(-1) : Scalar(1);
+}
+
+// Row maxima of sign * score, lane by lane.
 template <class V>
 struct RowMaxima {
   typename V::Scalar* lanes;  // (rows, width)
-  typename V::Scalar factor;
+  typename V::Scalar sign;
 
   template <int kRows, int kVectors>
   MMDGT_INLINE void operator()(int64_t row, int64_t first,
                                const typename V::Reg (&tile)[kRows][kVectors]) const {
-    const auto scale = V::broadcast(factor);
+    const auto signs = V::broadcast(sign);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       auto best = V::load(lanes + (row + r) * V::kWidth);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        best = V::max(best, tile[r][v] * scale);
+        best = V::max(best, tile[r][v] * signs);
       }
       V::store(lanes + (row + r) * V::kWidth, best);
     }
   }
 };
 
-// Turns scores into 2^(factor * score - shift), stores them and sums them by row.
-template <class V, class Probability>
+// What the exponent of a score is. With its shift rounded, the largest factor * score
+// of a row has an exponent other than 0: off by hundreds where scores are 2^31. So
+// forward it is the scores that are shifted.
+enum class Shift {
+  kNone,        // factor * score
+  kOfScore,     // factor * (score - shift)
+  kOfExponent,  // factor * score - shift; backward, where the sums are in the shift
+};
+
+// Turns scores into powers of two, stores them and, forward, sums them by row.
+template <class V, class Probability, Shift kShift>
 struct Exponentials {
   using Scalar = typename V::Scalar;
+  static constexpr bool kSums = kShift != Shift::kOfExponent;
   int64_t num_keys;  // zeros in the columns past the last
   Probability* to;   // (rows, step)
   int64_t step;
   Scalar factor;
   const Scalar* shifts;  // (rows)
-  Scalar* sums;          // (rows, width)
+  Scalar* sums;          // (rows, width), forward
 
   template <int kRows, int kVectors>
   MMDGT_INLINE void operator()(int64_t row, int64_t first,
@@ -120,19 +136,22 @@ struct Exponentials {
     const auto scale = V::broadcast(factor);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const auto shift = V::broadcast(-shifts[row + r]);
-      Scalar* lanes = sums + (row + r) * V::kWidth;
+      const auto shift =
+          V::broadcast(kShift == Shift::kNone ? Scalar(0) : shifts[row + r]);
       Probability* line = to + (row + r) * step + first * V::kWidth;
-      auto sum = V::load(lanes);
+      auto sum = kSums ? V::load(sums + (row + r) * V::kWidth) : V::zero();
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        auto power = V::exp2(V::fmadd(tile[r][v], scale, shift));
+        auto power =
+            V::exp2(kShift == Shift::kNone      ? tile[r][v] * scale
+                    : kShift == Shift::kOfScore ? (tile[r][v] - shift) * scale
+                                                : V::fmadd(tile[r][v], scale, -shift));
         const int64_t left = num_keys - (first + v) * V::kWidth;
         if (v == kVectors - 1) power = keep_first<V>(power, left);
         sum = sum + power;
         V::store(line + v * V::kWidth, power);
       }
-      V::store(lanes, sum);
+      if constexpr (kSums) V::store(sums + (row + r) * V::kWidth, sum);
     }
   }
 };
@@ -179,6 +198,7 @@ void attend_group(const ForwardTask<T>& task, Scratch& scratch) {
   }
 
   const auto factor = static_cast<Scalar>(task.scale * kLog2E);
+  const Scalar sign = sign_of(factor);
   const Scalar limit = kSafeExponent * kSafeExponent /
                        std::max(factor * factor * longest_key, Scalar(1e-30));
   for (int64_t first = 0; first < task.num_queries; first += kQueryBlock) {
@@ -203,21 +223,25 @@ void attend_group(const ForwardTask<T>& task, Scratch& scratch) {
     const Right<Scalar> keys_t{key, keys};
     const int64_t vectors = keys / V::kWidth;
     std::fill(shifts, shifts + rows, Scalar(0));
-    if (!bounded) {
+    std::fill(sums, sums + rows * V::kWidth, Scalar(0));
+    auto* const powers = reinterpret_cast<Probability*>(probability);
+    if (bounded) {
+      product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
+                           Exponentials<V, Probability, Shift::kNone>{
+                               num_keys, powers, keys, factor, shifts, sums});
+    } else {
       std::fill(maxima, maxima + rows * V::kWidth,
                 -std::numeric_limits<Scalar>::infinity());
       // The scores are cheaper to compute twice than to keep.
       product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
-                           RowMaxima<V>{maxima, factor});
+                           RowMaxima<V>{maxima, sign});
       for (int64_t i = 0; i < rows; ++i) {
-        shifts[i] = V::largest(V::load(maxima + i * V::kWidth));
+        shifts[i] = sign * V::largest(V::load(maxima + i * V::kWidth));
       }
+      product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
+                           Exponentials<V, Probability, Shift::kOfScore>{
+                               num_keys, powers, keys, factor, shifts, sums});
     }
-    std::fill(sums, sums + rows * V::kWidth, Scalar(0));
-    product<V, Multiply>(queries, keys_t, rows, head_dim / kNumbers, vectors,
-                         Exponentials<V, Probability>{
-                             num_keys, reinterpret_cast<Probability*>(probability), keys,
-                             factor, shifts, sums});
     product<V, Multiply>(Left<Scalar>{probability, keys / kNumbers, 1},
                          Right<Scalar>{value, columns}, rows, key_depth,
                          columns / V::kWidth, StoreTile<V>{out, columns});
@@ -226,7 +250,7 @@ void attend_group(const ForwardTask<T>& task, Scratch& scratch) {
       const Scalar sum = V::sum(V::load(sums + i * V::kWidth));
       store_row<V>(out + i * columns, 1 / sum, task.out[tokens[i]], head_dim);
       task.logsumexp[tokens[i]] =
-          static_cast<Scalar>(kLn2) * (shifts[i] + std::log2(sum));
+          static_cast<Scalar>(kLn2) * (factor * shifts[i] + std::log2(sum));
     }
   }
 }
@@ -323,9 +347,9 @@ void attend_group_backward(const BackwardTask<T>& task, Scratch& scratch) {
   const int64_t grad_step = padded_head_dim(head_dim);
   const int64_t gathered = std::max<int64_t>(kQueryBlock, V::kWidth);
 
-  scratch.start(sizeof(Scalar) * (columns * keys * 3 + 2 * gathered * columns +
-                                  2 * (kQueryBlock * keys + V::kTileRows) +
-                                  kQueryBlock * (columns + V::kWidth + 2)));
+  scratch.start(sizeof(Scalar) *
+                (columns * keys * 3 + 2 * gathered * columns +
+                 2 * (kQueryBlock * keys + V::kTileRows) + kQueryBlock * (columns + 2)));
   Scalar* key_t = scratch.take<Scalar>(columns * keys);         // (D, K)
   Scalar* value_t = scratch.take<Scalar>(columns * keys);       // (D, K)
   Scalar* key = scratch.take<Scalar>(keys * columns);           // (K, D)
@@ -335,7 +359,6 @@ void attend_group_backward(const BackwardTask<T>& task, Scratch& scratch) {
   Scalar* probability = scratch.take<Scalar>(kQueryBlock * keys + V::kTileRows);
   Scalar* grad_score = scratch.take<Scalar>(kQueryBlock * keys + V::kTileRows);
   Scalar* grad_query = scratch.take<Scalar>(kQueryBlock * columns);
-  Scalar* sums = scratch.take<Scalar>(kQueryBlock * V::kWidth);
   Scalar* shifts = scratch.take<Scalar>(kQueryBlock);
   Scalar* deltas = scratch.take<Scalar>(kQueryBlock);
 
@@ -354,9 +377,10 @@ void attend_group_backward(const BackwardTask<T>& task, Scratch& scratch) {
     const int32_t* tokens = task.tokens + first;
     gather_block<V>(task, first, columns, query, grad_out, grad_query, shifts, deltas);
     const Left<Scalar> queries{query, columns, 1}, grad_outs{grad_out, columns, 1};
-    product<V, Multiply>(
-        queries, Right<Scalar>{key_t, keys}, rows, head_dim, keys / V::kWidth,
-        Exponentials<V, Scalar>{num_keys, probability, keys, factor, shifts, sums});
+    product<V, Multiply>(queries, Right<Scalar>{key_t, keys}, rows, head_dim,
+                         keys / V::kWidth,
+                         Exponentials<V, Scalar, Shift::kOfExponent>{
+                             num_keys, probability, keys, factor, shifts, nullptr});
     product<V, Multiply>(grad_outs, Right<Scalar>{value_t, keys}, rows, head_dim,
                          keys / V::kWidth,
                          ScoreGradients<V>{probability, deltas, grad_score, keys});

@@ -34,7 +34,7 @@ MMDGT_INLINE void pad_index(const int32_t* from, int64_t count, int32_t* to,
   std::fill(to + count, to + padded, from[count - 1]);
 }
 
-// Picks scores (padded K) by an index, and returns the largest of factor * score.
+// Picks factor * score (padded K) by an index, and returns the largest.
 template <class V>
 MMDGT_INLINE typename V::Scalar pick_scores(const typename V::Scalar* scores,
                                             const int32_t* index, int64_t padded,
@@ -43,22 +43,20 @@ MMDGT_INLINE typename V::Scalar pick_scores(const typename V::Scalar* scores,
   const auto scale = V::broadcast(factor);
   auto best = V::broadcast(-std::numeric_limits<typename V::Scalar>::infinity());
   for (int64_t k = 0; k < padded; k += V::kWidth) {
-    const auto score = V::gather(scores, index + k);
-    best = V::max(best, score * scale);
-    V::store(to + k, score);
+    const auto exponent = V::gather(scores, index + k) * scale;
+    best = V::max(best, exponent);
+    V::store(to + k, exponent);
   }
   return V::largest(best);
 }
 
-// Replaces scores by 2^(factor * score - shift), and returns their sum.
+// Replaces exponents by 2^(exponent - shift), and returns their sum.
 template <class V>
 MMDGT_INLINE typename V::Scalar exponentials(typename V::Scalar* row, int64_t num_keys,
-                                             typename V::Scalar factor,
                                              typename V::Scalar shift) {
   auto sum = V::zero();
   for (int64_t k = 0; k < num_keys; k += V::kWidth) {
-    const auto power =
-        V::exp2(V::fmadd(V::load(row + k), V::broadcast(factor), V::broadcast(-shift)));
+    const auto power = V::exp2(V::load(row + k) - V::broadcast(shift));
     V::store(row + k, power);
     sum = sum + keep_first<V>(power, num_keys - k);
   }
@@ -122,7 +120,7 @@ void attend_few(const ForwardTask<T>& task, Scratch& scratch) {
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      sums[i] = exponentials<V>(probability + i * chosen, num_keys, factor, shifts[i]);
+      sums[i] = exponentials<V>(probability + i * chosen, num_keys, shifts[i]);
     }
     for (int64_t g = 0; g < groups; ++g) {
       const auto [begin, end, keys] = parts[g];
