@@ -203,11 +203,7 @@ LARGER = {  # file, size of the model, of the images
     'B, one image of 224x224': ('larger', 'b', '224x224'),
     'B, one image of 512x2048': ('larger', 'b', '512x2048'),
     'B, training step, one of 224x224': ('larger_train', 'b', '224x224'),
-    "T, 16 images of 224x224, before GELU's tails were cut": (
-        'batch16',
-        't',
-        '224x224',
-    ),
+    'T, 16 images of 224x224': ('batch16', 't', '224x224'),
     'T, training step of UperNet, two of 512x512': ('upernet_train', 't', '512x512'),
     'T, training step of Mask R-CNN, one of 800x1280': (
         'mask_rcnn_train',
