@@ -41,11 +41,12 @@ INSTALL = (
 )
 FAILURE = Path(__file__).parent / '_ext_failure.txt'  # which setup.py writes
 FAILURE_LINES = 8  # that are shown
-# A compiler of C++20 for mmcv, which sets C++17 at the end of its flags, where the last
-# one counts.
+# Compilers of C++20 for mmcv, which sets C++17 at the end of its flags, where the last
+# one counts; nvcc appends what a variable says.
 CPP20_WRAPPER = (
     r"""printf '#!/bin/sh\nexec c++ "$@" -std=c++20\n' > c++20 && chmod +x c++20"""
 )
+CPP20 = 'CXX=$PWD/c++20 NVCC_APPEND_FLAGS=-std=c++20'
 LIBRARIES = (
     'install the libraries that OpenCV loads; on Debian or Ubuntu run: apt-get install'
     ' libgl1 libglib2.0-0'
@@ -188,7 +189,7 @@ def without_mmcv_operators(
         uninstall = f'pip uninstall -y {mmcv} && '
         mmcv = mmcv.removesuffix('-lite')
     if torch_wants_cpp20():
-        wrapper, variable = f'{CPP20_WRAPPER} && ', 'CXX=$PWD/c++20 '
+        wrapper, variable = f'{CPP20_WRAPPER} && ', f'{CPP20} '
         standard = "; mmcv is built as C++17, and this torch's headers want C++20"
     return Finding(
         f'mmcv._ext, the operators of mmcv (NMS, RoIAlign), {state}; '

@@ -231,6 +231,20 @@ def test_an_old_checkpoint_resumes_if_trusted(tmp_path):
     assert found['message_hub'].current() == 1.0
 
 
+def test_weights_are_not_trusted_where_there_is_nothing_to_resume(
+    tiny_models, demo_data, evil, call_tool, tmp_path
+):
+    file, mark = evil
+    config, _ = tiny_models['mmseg']
+    with pytest.raises(ValueError, match='more than plain data'):
+        call_tool(
+            'train',
+            *(config, '--resume', '--trust', '--work-dir', tmp_path / 'wd'),
+            *('--cfg-options', f'data_root={demo_data}/ade20k', f'load_from={file}'),
+        )
+    assert not mark.exists()
+
+
 def test_trust_is_for_resuming(tool, tiny_models, call_tool, capsys):
     with pytest.raises(SystemExit):
         call_tool('train', tiny_models['mmseg'][0], '--trust')

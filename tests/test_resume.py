@@ -266,14 +266,58 @@ def test_after_another_batch_size_it_goes_on_again(tmp_path):
     assert_same_bits(*(final(tmp_path / x, 'epoch_3.pth') for x in ('whole', 'parts')))
 
 
-@pytest.mark.parametrize('batch_size', [1, 4])
-def test_a_checkpoint_of_another_hook_and_batch_size(tmp_path, batch_size):
+@pytest.mark.parametrize('epochs', [1, 3])
+@pytest.mark.parametrize('batch_size', [1, 4, 8])
+def test_a_checkpoint_of_another_hook_and_batch_size(tmp_path, batch_size, epochs):
     """Where nothing tells the place, the epoch begins anew."""
-    loop, plain = dict(EPOCHS, max_epochs=4), dict(type='CheckpointHook')
-    make(tmp_path, dict(EPOCHS, max_epochs=3), checkpoint=plain).train()
-    rest = make(tmp_path, loop, checkpoint=plain, resume=True, batch_size=batch_size)
+    plain, loops = (
+        dict(type='CheckpointHook'),
+        (
+            dict(EPOCHS, max_epochs=epochs),
+            dict(EPOCHS, max_epochs=epochs + 1),
+        ),
+    )
+    make(tmp_path, loops[0], checkpoint=plain).train()
+    rest = make(
+        tmp_path, loops[1], checkpoint=plain, resume=True, batch_size=batch_size
+    )
     rest.train()
-    assert rest.iter == 12 + 8 // batch_size
+    assert rest.iter == rest.max_iters == 4 * epochs + 8 // batch_size
+
+
+@pytest.mark.parametrize('iteration', [4, 6])
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_gradients_are_summed_with_another_batch_size(
+    tmp_path, monkeypatch, iteration, batch_size
+):
+    """Two to a step, and a last one to its own if they are odd."""
+    from mmengine.optim import OptimWrapper
+
+    loop = dict(EPOCHS, max_epochs=3)
+    settings = dict(optim=dict(type='OptimWrapper', accumulative_counts=2))
+    stop = InterruptAt(iteration, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        make(tmp_path, loop, [stop], **settings).train()
+    factors, steps = [], []
+    scale_loss, step = OptimWrapper.scale_loss, OptimWrapper.step
+
+    def scale(self, loss):
+        scaled = scale_loss(self, loss)
+        factors.append((loss / scaled).item())
+        return scaled
+
+    def count(self, **kwargs):
+        steps.append(len(factors))
+        step(self, **kwargs)
+
+    monkeypatch.setattr(OptimWrapper, 'scale_loss', scale)
+    monkeypatch.setattr(OptimWrapper, 'step', count)
+    rest = make(tmp_path, loop, resume=True, batch_size=batch_size, **settings)
+    rest.train()
+    assert rest.iter == rest.max_iters
+    pairs, odd = divmod(len(factors), 2)
+    assert factors == [pytest.approx(x) for x in pairs * [2, 2] + odd * [1]]
+    assert steps == [2 * (i + 1) for i in range(pairs)] + odd * [len(factors)]
 
 
 def test_a_checkpoint_waits_for_the_step(tmp_path):

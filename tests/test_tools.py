@@ -451,8 +451,9 @@ def test_benchmark_of_the_operators(run_tool, tmp_path):
 def test_peak_memory_of_a_call(tools):
     measure = tools('measure')
     added = measure.in_fresh_process(measure.added_bytes, make_and_drop, 'cpu', 2)
-    # Two of three are there at a time, and the second call adds nothing.
-    assert 2 * NUMBERS * 4 <= added < 2.2 * NUMBERS * 4
+    # Two of three are there at a time, and the second call adds nothing. Meanwhile the
+    # interpreter may give back pages, of which 0.1 MiB have been seen.
+    assert 2 * NUMBERS * 4 - 2**20 <= added < 2.2 * NUMBERS * 4
 
 
 NUMBERS = 10_000_000

@@ -12,6 +12,8 @@ pytest.importorskip('mmpretrain')
 
 ABLATION = """
 _base_ = '{repository}/configs/dgt_ablation_demo.py'
+comparison = dict(logged=('live_groups',))
+default_hooks = dict(logger=dict(interval=1))
 model = dict(
     backbone=dict(arch={arch}),
     {head}
@@ -113,6 +115,12 @@ def states(text):
     return [line.rsplit(', ', 1)[1] for line in text.splitlines() if ' s, ' in line]
 
 
+def last_logged(run):
+    (file,) = run.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line['live_groups'] for line in lines if 'live_groups' in line][-1]
+
+
 @pytest.mark.usefixtures('_in_this_process')
 def test_ablation(ablate, tmp_path, capsys):
     variants = 'mirrored', 'shifted_window'
@@ -136,6 +144,14 @@ def test_ablation(ablate, tmp_path, capsys):
             assert run['cpu_seconds'] > 0
             assert {'torch', 'versions'} <= run['machine'].keys()
     assert (tmp_path / 'out/tiny.png').read_bytes().startswith(b'\x89PNG')
+    # Of the last line of the training log; windows have no groups.
+    live = [last_logged(tmp_path / f'runs/mirrored/seed_{seed}') for seed in (0, 1)]
+    for run, share in zip(rows[0]['runs'], live, strict=True):
+        assert run['logged'] == {'live_groups': pytest.approx(share, abs=1e-4)}
+    assert rows[0]['logged']['live_groups'] == pytest.approx(sum(live) / 2, abs=1e-3)
+    assert rows[1]['logged'] == {}
+    ends = [row.rsplit(' | ', 1)[1] for row in markdown.splitlines()[-2:]]
+    assert ends == [f'{rows[0]["logged"]["live_groups"]} |', '- |']
     # What differs has reached the runs.
     dumped = {v: (tmp_path / f'runs/{v}/seed_1/tiny.py').read_text() for v in variants}
     for variant, said in (

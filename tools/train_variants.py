@@ -20,6 +20,7 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -84,8 +85,8 @@ def configure(
     cfg = load_config(args)
     variant = cfg.pop('variants')[name]
     rates = cfg.pop('learning_rates', None)
-    for key in ('comparison', 'reference'):
-        cfg.pop(key, None)
+    cfg.pop('reference', None)
+    cfg.logged = cfg.pop('comparison').get('logged', ())
     cfg.merge_from_dict(variant.get('settings', {}))
     fit_heads(cfg)
     cfg.randomness = dict(seed=seed)
@@ -139,11 +140,22 @@ def train(cfg: Config, metric: str) -> dict:
         learning_rate=cfg.optim_wrapper.optimizer.lr,
         iterations=runner.iter,
         score=round(runner.message_hub.get_scalar(f'val/{metric}').current(), 2),
+        logged=last_line(runner, cfg.logged),
         seconds=round(watch.seconds, 1),
         cpu_seconds=round(watch.cpu_seconds, 1),
         peak_bytes=watch.peak - before,
         machine=machine('cuda' if torch.cuda.is_available() else 'cpu'),
     )
+
+
+def last_line(runner: Runner, names: Sequence[str]) -> dict[str, float]:
+    """Values of the last line of the training log, of those that are in it."""
+    scalars = runner.message_hub.log_scalars
+    return {
+        name: round(scalars[f'train/{name}'].current(), 4)
+        for name in names
+        if f'train/{name}' in scalars
+    }
 
 
 def result_of(cfg: Config, metric: str) -> dict:
@@ -216,6 +228,10 @@ def summarise(
         seconds=per_iteration('seconds'),
         cpu_seconds=per_iteration('cpu_seconds'),
         peak_bytes=max(result['peak_bytes'] for result in runs),
+        logged={
+            key: round(statistics.mean(result['logged'][key] for result in runs), 3)
+            for key in runs[0]['logged']
+        },
         runs=runs,
         trials=trials,
     )
@@ -231,6 +247,8 @@ def write_markdown(file: Path, cfg: Config, rows: list[dict]) -> None:
         columns += [f'{metric}, published']
     columns += ['params (M)', 'FLOPs (G)', 'learning rate', metric, 'spread', 'by seed']
     columns += ['s / iteration', 'CPU s / iteration', 'peak memory (MiB)']
+    logged = cfg.comparison.get('logged', ())
+    columns += [f'last {name}' for name in logged]
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + ' --- |' * len(columns)]
     for row in rows:
         cells = (
@@ -244,6 +262,7 @@ def write_markdown(file: Path, cfg: Config, rows: list[dict]) -> None:
             row['seconds'],
             row['cpu_seconds'],
             round(row['peak_bytes'] / 2**20),
+            *map(row['logged'].get, logged),
         )
         shown = ('-' if cell is None else str(cell) for cell in cells)
         lines.append(f'| {" | ".join(shown)} |')

@@ -1,12 +1,7 @@
 # What the features of demo_student.py are worth to UperNet, for
 # tools/train_variants.py: the small DGT from random weights and from there.
-_base_ = '../upernet_dgt_t_demo.py'
-comparison = dict(
-    heading='A start from distilled features',
-    metric='mIoU',
-    title='mIoU (%)',
-    size=(128, 128),  # of the FLOPs: height, width
-)
+_base_ = '../comparisons/upernet_demo.py'
+comparison = dict(heading='A start from distilled features')
 student_checkpoint = 'work_dirs/demo_student/iter_600.pth'
 variants = dict(
     random=dict(title='random weights'),
@@ -30,14 +25,3 @@ model = dict(
         num_keys=32,
     )
 )
-loader = dict(num_workers=0, persistent_workers=False)
-train_dataloader = val_dataloader = test_dataloader = loader
-iterations = 200
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
-    dict(
-        type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=20, end=iterations
-    ),
-]
-train_cfg = dict(max_iters=iterations, val_interval=iterations)
-default_hooks = dict(checkpoint=None)

@@ -212,7 +212,8 @@ struct ChoiceMemory {
     const int end_of_scores = scores + score_bytes, end_of_rows = queries + query_bytes;
     operands = end_of_scores > end_of_rows ? end_of_scores : end_of_rows;
     const int operand_bytes = tiles * static_cast<int>(Operands::kTileBytes);
-    const int member_bytes = warps * sizes.num_groups * 4;
+    // What follows is read 16 bytes at a time.
+    const int member_bytes = (warps * sizes.num_groups * 4 + 15) / 16 * 16;
     masks = operands + (operand_bytes > member_bytes ? operand_bytes : member_bytes);
     scratch = masks + sizes.num_groups * kMaskWords * 4;
     end = scratch + warps * static_cast<int>(sizeof(FewKeysScratch));

@@ -89,6 +89,7 @@ class StrictRunner(Runner):
     _train_dataloader: Any  # mmengine's
     _load_from: str | None
     _resume: bool | str
+    _goes_on = False  # while it reads what a training goes on from
 
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
@@ -124,6 +125,8 @@ class StrictRunner(Runner):
         With ``resume='auto'``, and with ``resume=True`` without ``load_from``, from the
         newest in the work dir; if there is none, ``load_from`` is loaded.
         """
+        if self._has_loaded:  # by hand, as the tools that only evaluate do
+            return
         if self._resume == 'auto' or (self._resume and self._load_from is None):
             trust = self.cfg.get('trust', False)
             found: list[Path | None] = [None]
@@ -141,6 +144,14 @@ class StrictRunner(Runner):
                 )
         super().load_or_resume()
 
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Go on from a checkpoint."""
+        self._goes_on = True
+        try:
+            super().resume(filename, *args, **kwargs)
+        finally:
+            self._goes_on = False
+
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', **_: Any
     ) -> dict:
@@ -155,8 +166,10 @@ class StrictRunner(Runner):
             ValueError: If it can't be read safely, belongs to another model or, when
                 resuming, has no state of a training.
         """
-        checkpoint = read_checkpoint(filename, self.cfg.get('trust', False))
-        if self._resume:
+        # trust is for what a training goes on from, not for weights.
+        trust = self._goes_on and self.cfg.get('trust', False)
+        checkpoint = read_checkpoint(filename, trust)
+        if self._goes_on:
             check_resumable(filename, checkpoint)
         checkpoint['state_dict'] = weights_of(filename, checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)

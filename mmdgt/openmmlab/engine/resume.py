@@ -186,6 +186,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     """
 
     dataloader: Any  # mmengine's
+    _max_iters: int
     began: int | None = None
 
     def place(self) -> dict[str, Any]:
@@ -213,17 +214,24 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             )
             left_out = min(done * samples // now['samples'], now['size'])
             done = now['size'] if done == size else left_out
-        self.began = self._iter - done
+        self._begin_epoch_at(self._iter - done)
+
+    def _begin_epoch_at(self, iteration: int) -> None:
+        """Let the epoch have begun with an iteration, and the training end in time."""
+        self.began = iteration
+        end = iteration + (self._max_epochs - self._epoch) * len(self.dataloader)
+        if end != self._max_iters:
+            self._max_iters = end
+            # With its last iteration gradients that were summed up make a step.
+            self.runner.optim_wrapper.initialize_count_status(
+                self.runner.model, self._iter, end
+            )
 
     def run_epoch(self) -> None:
         """Run what is left of an epoch."""
-        size = len(self.dataloader)
         if self.began is None:  # There is no checkpoint, or it is of another hook.
-            self.began = self._epoch * size
+            self._begin_epoch_at(self._iter)
         done = self._iter - self.began
-        if not 0 <= done <= size:
-            self.runner.logger.warning('Epochs had another length: this begins anew')
-            self.began, done = self._iter, 0
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         self.dataloader.batch_sampler.start = done
