@@ -28,6 +28,8 @@ BUILD_TOOLS = ('pip', 'setuptools>=80,<81', 'wheel', 'ninja', 'packaging', 'psut
 TORCH_2_4 = ('torch==2.4.*', 'numpy==1.26.*')
 TORCH_2_8 = ('torch==2.8.*', 'numpy>=2')
 NEWEST = ('torch', 'numpy>=2')
+# Two files at a time, with a thread each.
+IN_PAIRS = ('--numprocesses', '2', '--dist', 'loadfile')
 TESTED_WITH = ('timm', 'onnx', 'onnxruntime', 'onnxscript', 'nbclient', 'ipykernel')
 
 
@@ -106,7 +108,7 @@ print(json.dumps({
 
 def run(session: nox.Session, cell: Cell) -> None:
     """Set up an environment, test in it and write down how it went."""
-    session.install(*cell.torch, *BUILD_TOOLS, 'pytest')
+    session.install(*cell.torch, *BUILD_TOOLS, 'pytest', 'pytest-xdist')
     if cell.mmcv:
         operators = bool(cell.frameworks)
         install_mmcv(session, cell.mmcv, operators)
@@ -122,7 +124,8 @@ def run(session: nox.Session, cell: Cell) -> None:
     report = Path(session.create_tmp(), 'report.xml').resolve()
     session.run(
         # Not python -m: the package is to be the installed one.
-        *('pytest', '-q', f'--junitxml={report}', *session.posargs),
+        *('pytest', '-q', f'--junitxml={report}', *IN_PAIRS, *session.posargs),
+        env={'OMP_NUM_THREADS': '1'},
         success_codes=[0, 1],
     )
     said = session.run('python', '-I', '-W', 'ignore', '-c', PROBE, silent=True)

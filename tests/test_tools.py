@@ -416,6 +416,24 @@ def test_results_name_the_commit_of_the_tools_alone(git, tmp_path, monkeypatch):
     assert recorded() == dict(commit=commit, clean=False)
 
 
+@pytest.mark.parametrize(
+    'tool, name, message',
+    [
+        ('benchmark_op.py', 'there', 'expected a folder'),
+        ('benchmark_model.py', 'there/below', 'expected a folder'),
+        ('benchmark_neighbours.py', '.', 'expected a file'),
+        ('fuzz_ops.py', 'there/below.json', 'expected a folder'),
+    ],
+)
+def test_a_wrong_place_for_results_ends_it_at_once(
+    run_tool, tmp_path, tool, name, message
+):
+    (tmp_path / 'there').write_text('a file')
+    result = run_tool(tool, '--out', tmp_path / name, check=False)
+    assert result.returncode == 2 and message in result.stderr
+    assert (tmp_path / 'there').read_text() == 'a file'
+
+
 def test_benchmark_of_training(benchmark_model):
     result, _ = benchmark_model(
         *('--tasks', 'upernet,mask_rcnn', '--models', 'dgt_t', '--sizes', '32x32'),

@@ -30,6 +30,7 @@ from measure import (
     in_fresh_process,
     in_turns,
     machine,
+    output_folder,
     peak_bytes,
     print_columns,
     save,
@@ -430,7 +431,9 @@ def main() -> None:
     parser.add_argument(
         '--breakdown', action='store_true', help='the parts of eager DGT'
     )
-    parser.add_argument('--out', type=Path, help='folder of the JSON and the plots')
+    parser.add_argument(
+        '--out', type=output_folder, help='folder of the JSON and the plots'
+    )
     parser.add_argument('--name', default='model')
     args = parser.parse_args()
     # Where nothing needs a gradient, a compiled model has its weights packed ahead.

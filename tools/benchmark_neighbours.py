@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmark_model import Case, prepare
-from measure import machine, print_columns, save
+from measure import machine, output_file, print_columns, save
 
 BUSY = 'while True: pass'
 LOADS = {'none': None, 'niced': ['nice', '-n', '19'], 'equal': []}
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument('--spins', default=f'{DEFAULT},20000', help='with commas')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--steps', type=int, default=6, help='of a round')
-    parser.add_argument('--out', type=Path)
+    parser.add_argument('--out', type=output_file)
     parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

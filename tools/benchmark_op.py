@@ -24,6 +24,7 @@ from measure import (
     in_fresh_process,
     in_turns,
     machine,
+    output_folder,
     print_columns,
     save,
     summary,
@@ -386,7 +387,9 @@ def main() -> None:
         help='seconds after which a slow rival stops',
     )
     parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument('--out', type=Path, help='folder of the JSON and the plot')
+    parser.add_argument(
+        '--out', type=output_folder, help='folder of the JSON and the plot'
+    )
     parser.add_argument('--name', default='op')
     args = parser.parse_args()
 

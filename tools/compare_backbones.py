@@ -29,6 +29,7 @@ from measure import (
     find_out,
     in_fresh_process,
     machine,
+    output_folder,
     peak_bytes,
     save,
     seconds,
@@ -508,7 +509,7 @@ def main() -> None:
     """Count, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known: dict[str, Any] = dict(choices=BACKBONES, metavar='BACKBONE')
-    add_out(parser, Path('docs/backbones'), 'folder')
+    add_out(parser, Path('docs/backbones'), 'folder', output_folder)
     parser.add_argument(
         '--only', nargs='+', default=BACKBONES, help='what the tables have', **known
     )

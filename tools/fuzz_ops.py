@@ -14,12 +14,11 @@ import argparse
 import collections
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import machine, save
+from measure import machine, output_file, save
 from torch import Tensor
 
 from mmdgt.commands import run_command
@@ -222,7 +221,7 @@ def main() -> None:
     parser.add_argument('--calls', type=int, default=1000)
     parser.add_argument('--first', type=int, default=0, help='number of the first call')
     parser.add_argument('--minutes', type=float, help='stop after as many')
-    parser.add_argument('--out', type=Path, help='JSON file of the counts')
+    parser.add_argument('--out', type=output_file, help='JSON file of the counts')
     args = parser.parse_args()
     start = time.perf_counter()
     kinds: collections.Counter[str] = collections.Counter()

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -53,9 +54,33 @@ def add_words(
     parser.add_argument(name, type=words, default=default, help=', '.join(known))
 
 
-def add_out(parser: argparse.ArgumentParser, default: Path, what: str) -> None:
+def output_folder(text: str) -> Path:
+    """A folder, there from the start: not when hours of timing are to be written."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f'expected a folder to write to: {error}'
+        raise argparse.ArgumentTypeError(message) from None
+    return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, in a folder that is there from the start."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f'expected a file to write, {text} is a folder'
+        )
+    return output_folder(str(Path(text).parent)) / Path(text).name
+
+
+def add_out(
+    parser: argparse.ArgumentParser,
+    default: Path,
+    what: str,
+    kind: Callable[[str], Path] = output_file,
+) -> None:
     """--out, and --force, without which what is at its default is not replaced."""
-    parser.add_argument('--out', type=Path, help=f'{what}; by default {default}')
+    parser.add_argument('--out', type=kind, help=f'{what}; by default {default}')
     parser.add_argument(
         '--force', action='store_true', help='replace what is there by default'
     )
@@ -200,20 +225,29 @@ def machine(device: str) -> dict:
             'cuda': torch.version.cuda,
             'cudnn': torch.backends.cudnn.version(),
         }
-        name = 'driver'
         query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+        with contextlib.suppress(OSError):
+            done = subprocess.run(query, capture_output=True, text=True)
+            info['driver'] = done.stdout.strip()
     else:
-        name = 'cpu'
-        query = ['sh', '-c', 'grep -m1 "model name" /proc/cpuinfo']
+        info['cpu'] = processor()
         info['instructions'] = torch.backends.cpu.get_cpu_capability()
         info['threads'] = torch.get_num_threads()
         pages = Path('/sys/kernel/mm/transparent_hugepage/enabled')
         if pages.exists():  # such as "always [madvise] never"
             info['large_pages'] = pages.read_text().split('[')[1].split(']')[0]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(query, capture_output=True, text=True)
-        info[name] = done.stdout.strip().split(': ')[-1]
     return info | revision() | {'versions': versions()}
+
+
+def processor() -> str:
+    """Name, family and model: hosts of virtual machines cut names down to the make."""
+    about = Path('/proc/cpuinfo')
+    if not about.exists():
+        return platform.processor()
+    values = dict(re.findall(r'(.+?)\s*: (.+)', about.read_text().split('\n\n')[0]))
+    named = (('model name', ''), ('cpu family', 'family '), ('model', 'model '))
+    parts = [prefix + values[key] for key, prefix in named if key in values]
+    return ', '.join(parts) or platform.machine()
 
 
 def revision() -> dict:

@@ -25,7 +25,15 @@ from pathlib import Path
 
 import torch
 from compare_backbones import fit_heads
-from measure import add_out, find_out, in_fresh_process, machine, resident_bytes, save
+from measure import (
+    add_out,
+    find_out,
+    in_fresh_process,
+    machine,
+    output_folder,
+    resident_bytes,
+    save,
+)
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
@@ -321,6 +329,7 @@ def main() -> None:
         parser,
         Path('docs/comparisons'),
         'folder; its files have the name of the config',
+        output_folder,
     )
     args = parser.parse_args()
     cfg = load_config(args)
