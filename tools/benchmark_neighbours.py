@@ -9,6 +9,7 @@ threads computed (or span), how long they waited for a core, and how often they 
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -17,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmark_model import Case, prepare
-from measure import machine, output_file, print_columns, save
+from benchmark_model import BACKBONES, Case, prepare
+from measure import add_words, machine, output_file, print_columns, save
 
 BUSY = 'while True: pass'
 LOADS = {'none': None, 'niced': ['nice', '-n', '19'], 'equal': []}
@@ -38,10 +39,10 @@ def usage() -> dict[str, float]:
     return {'ran_s': ran / 1e9, 'waited_s': waited / 1e9, 'slept': slept}
 
 
-def serve(steps: int) -> None:
+def serve(model: str, steps: int) -> None:
     """Print a row for every load; in a process of its own for every setting."""
     _, step = prepare(
-        Case('backbone', (224, 224), 4, 'train', 'float32', 'contiguous', 'dgt_t', ''),
+        Case('backbone', (224, 224), 4, 'train', 'float32', 'contiguous', model, ''),
         'cpu',
     )
     for _ in range(2):
@@ -67,35 +68,40 @@ def serve(steps: int) -> None:
                 neighbour.wait()
         median = round(statistics.median(times), 3)
         spread = [round(min(times), 3), round(max(times), 3)]
-        row = dict(load=load, step_s=median, range_s=spread, **spent)
+        row = dict(model=model, load=load, step_s=median, range_s=spread, **spent)
         print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     """Measure all settings, one after the other, several times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_words(parser, '--models', BACKBONES, 'dgt_t,swin_t')
     parser.add_argument('--spins', default=f'{DEFAULT},20000', help='with commas')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--steps', type=int, default=6, help='of a round')
     parser.add_argument('--out', type=output_file)
-    parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--serve', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.steps)
+        return serve(args.serve, args.steps)
     rows = []
-    for _ in range(args.rounds):
-        for spin in args.spins.split(','):
-            environment = dict(os.environ)
-            environment.pop('GOMP_SPINCOUNT', None)
-            if spin != DEFAULT:
-                environment['GOMP_SPINCOUNT'] = spin
-            command = [sys.executable, __file__, '--serve', '--steps', str(args.steps)]
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-            )
-            lines = done.stdout.splitlines()
-            rows += [{'GOMP_SPINCOUNT': spin, **json.loads(x)} for x in lines]
-    rows.sort(key=lambda row: list(LOADS).index(row['load']))
+    spins = args.spins.split(',')
+    for _, spin, model in itertools.product(range(args.rounds), spins, args.models):
+        environment = dict(os.environ)
+        environment.pop('GOMP_SPINCOUNT', None)
+        if spin != DEFAULT:
+            environment['GOMP_SPINCOUNT'] = spin
+        serving = ['--serve', model, '--steps', str(args.steps)]
+        done = subprocess.run(
+            [sys.executable, __file__, *serving],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        lines = done.stdout.splitlines()
+        rows += [{'GOMP_SPINCOUNT': spin, **json.loads(x)} for x in lines]
+    rows.sort(key=lambda row: (row['model'], list(LOADS).index(row['load'])))
     print_columns([list(rows[0]), *([str(x) for x in row.values()] for row in rows)])
     if args.out:
         about = machine('cpu')
