@@ -19,9 +19,10 @@ nox.options.reuse_venv = 'yes'
 TABLE = Path('docs/matrix.json')
 TITLE = """# What was run with which versions
 
-Written by `make matrix`, which runs the tests that apply in every environment; a row is
-of the day it names. Of the tests that are skipped most are those of a GPU and, without
-kernels, those of the kernels.
+Written by `make matrix`, which by itself runs all tests that apply in every
+environment; the column "tests" says where only some were run. A row is of the day and
+the commit it names (`+`: with changes, `-`: not noted). Of the tests that are skipped
+most are those of a GPU and, without kernels, those of the kernels.
 
 """
 BUILD_TOOLS = ('pip', 'setuptools>=80,<81', 'wheel', 'ninja', 'packaging', 'psutil')
@@ -131,6 +132,7 @@ def run(session: nox.Session, cell: Cell) -> None:
     said = session.run('python', '-I', '-W', 'ignore', '-c', PROBE, silent=True)
     about = json.loads(said.splitlines()[-1])
     row = about | outcome(report) | {'tests': ' '.join(session.posargs) or 'all'}
+    row['commit'] = revision(session)
     rows = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     rows[session.name] = row
     TABLE.write_text(json.dumps(rows, indent=1) + '\n')
@@ -171,6 +173,18 @@ def compiler(session: nox.Session) -> dict[str, str]:
     return {'CXX': str(folder / 'c++20')}
 
 
+def revision(session: nox.Session) -> str:
+    """The commit, and whether anything but these tables differed from it."""
+
+    def git(*command: str) -> str:
+        return session.run('git', *command, silent=True, external=True).strip()
+
+    everywhere = ('--porcelain', '--untracked-files=no', '--', ':!docs')
+    return git('rev-parse', '--short=9', 'HEAD') + '+' * bool(
+        git('status', *everywhere)
+    )
+
+
 def outcome(report: Path) -> dict:
     """Count the tests of a JUnit report, and name those that failed."""
     cases = list(ElementTree.parse(report).iter('testcase'))
@@ -192,8 +206,8 @@ def table(rows: dict[str, dict]) -> str:
     """The rows in the order of the cells, as Markdown."""
     lines = [
         '| environment | Python | torch | numpy | OpenMMLab | kernels | tests |'
-        ' passed | skipped | failed | date |',
-        '| --- ' * 11 + '|',
+        ' passed | skipped | failed | date | commit |',
+        '| --- ' * 12 + '|',
     ]
     for name in sorted(rows, key=list(CELLS).index):
         row = rows[name]
@@ -202,8 +216,13 @@ def table(rows: dict[str, dict]) -> str:
             *(name, row['python'], row['torch'], row['numpy'], openmmlab or 'none'),
             *(', '.join(row['kernels']) or 'none', row['tests']),
             *(row['passed'], row['skipped'], len(row['failed']), row['date']),
+            row['commit'],
         )
         lines.append(f'| {" | ".join(map(str, cells))} |')
+    failed = {name: row['failed'] for name, row in rows.items() if row['failed']}
+    lines += [
+        f'\nFailed in {name}: {", ".join(found)}.' for name, found in failed.items()
+    ]
     return '\n'.join(lines) + '\n'
 
 
