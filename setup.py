@@ -5,12 +5,12 @@ isolation: ``pip install --no-build-isolation .``. Where either is missing, or w
 compiler fails, the package installs without it and runs on its plain PyTorch operators;
 ``python -m mmdgt.doctor`` says what the compiler said.
 
-Environment: MMDGT_WITH_OPS=0 leaves the extension out, MMDGT_WITH_OPS=1 makes its
-failure that of the installation; FORCE_CUDA=1 compiles
-the CUDA part on a machine without a GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
-for any PyTorch extension; MMDGT_SANITIZE=address,undefined or =thread builds with
-these sanitizers and MMDGT_EMULATE=1 the CUDA kernels for the CPU in place of its own
-(docs/cuda.md): see the Makefile for how to test either.
+Environment: MMDGT_WITH_OPS=0 leaves the extension out, MMDGT_WITH_OPS=1 fails where it
+cannot be built; FORCE_CUDA=1 compiles the CUDA part on a machine without a GPU;
+TORCH_CUDA_ARCH_LIST and MAX_JOBS as for any PyTorch extension;
+MMDGT_SANITIZE=address,undefined or =thread builds with these sanitizers and
+MMDGT_EMULATE=1 the CUDA kernels for the CPU in place of its own (docs/cuda.md): see the
+Makefile for how to test either.
 """
 
 import contextlib
@@ -28,8 +28,15 @@ from setuptools import setup
 FAILURE = '_ext_failure.txt'  # in the package; the doctor reads it
 
 
+def insisted() -> bool:
+    """Whether an installation without the operators is none."""
+    return os.getenv('MMDGT_WITH_OPS') == '1'
+
+
 def skip(reason: str) -> dict:
     """What setup() is told to install plain Python, and tells the user why."""
+    if insisted():
+        sys.exit(f'MMDGT_WITH_OPS is 1, but {reason}')
     print(
         f'mmdgt is installed without its compiled operators: {reason}', file=sys.stderr
     )
@@ -67,11 +74,10 @@ def with_cuda() -> bool:
     if not torch.cuda.is_available() and os.getenv('FORCE_CUDA', '0') != '1':
         return False
     if CUDA_HOME is None or not Path(CUDA_HOME, 'bin', 'nvcc').is_file():
-        print(
-            'nvcc was not found, so the CUDA operators are left out; set CUDA_HOME '
-            "to the toolkit's folder to build them",
-            file=sys.stderr,
-        )
+        advice = "nvcc was not found; set CUDA_HOME to the toolkit's folder"
+        if insisted():
+            sys.exit(f'MMDGT_WITH_OPS is 1, but {advice}')
+        print(f'The CUDA operators are left out: {advice}', file=sys.stderr)
         return False
     return True
 
@@ -139,7 +145,7 @@ def tolerant(build_extension: type) -> type:
                     with copied_to(log), told_of_failures(self.extensions):
                         super().build_extensions()
                 except Exception as error:
-                    if os.getenv('MMDGT_WITH_OPS') == '1':
+                    if insisted():
                         raise
                     said = log.read_text(errors='replace').splitlines()
                     lines = [x for x in said if 'error' in x.lower()] or said

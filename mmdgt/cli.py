@@ -18,6 +18,8 @@ COMMANDS = {
     'page': ('demo_page', 'the same as a page in the browser'),
     'groups': ('show_groups', 'draw the groups of DG-Attention over a picture'),
     'export': ('export_onnx', 'write a model as ONNX'),
+    'compare': ('train_variants', 'train variants of a config over seeds'),
+    'sweep-keys': ('sweep_keys', 'evaluate a checkpoint with several K'),
     'benchmark': ('benchmark_model', 'time networks'),
     'benchmark-op': ('benchmark_op', 'time the operators'),
     'demo-data': ('make_demo_data', 'draw a small data set'),

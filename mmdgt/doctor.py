@@ -133,7 +133,7 @@ def check_versions(installed: dict[str, list[str]]) -> Iterator[Finding]:
 
 def _series(version: str) -> tuple[int, ...]:
     """'2.11.0+cu130' as (2, 11)."""
-    return tuple(int(part) for part in version.split('.')[:2])
+    return tuple(map(int, re.findall(r'\d+', version)[:2]))
 
 
 def check_openmmlab(installed: dict[str, list[str]]) -> Iterator[Finding]:

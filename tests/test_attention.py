@@ -160,6 +160,13 @@ def test_a_loop_that_never_moves_the_centroids_is_told_once(untold):
     assert len(told) == 1
 
 
+@torch.inference_mode()
+def test_a_model_that_is_made_for_inference():
+    """torch counts no changes of such weights."""
+    layer = DynamicGroupAttention(16, 2, num_groups=4).eval()
+    assert layer(torch.randn(1, 20, 16)).shape == (1, 20, 16)
+
+
 @pytest.mark.filterwarnings('error')
 def test_loops_that_move_them_are_not_told(untold):
     layer = DynamicGroupAttention(16, 2, num_groups=4)

@@ -100,6 +100,12 @@ def test_one_fork_alone(site, other_than_these):
     assert finding.fails and 'onedl-mmdet' in finding.cause
 
 
+def test_a_version_with_letters(site, other_than_these):
+    site(mmengine='0.11rc1')
+    (finding,) = doctor.check_versions(doctor.distributions())
+    assert 'mmengine 0.11rc1 is none of the versions' in finding.cause
+
+
 def test_other_versions_are_a_note(site, other_than_these):
     site(mmengine='0.10.9', mmcv='2.2.0', torch='2.11.1+cu130')
     (finding,) = doctor.check_versions(doctor.distributions())

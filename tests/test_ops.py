@@ -261,6 +261,12 @@ def wrong_calls():
             ValueError,
             r'index must have shape \(B, H, G, K\)',
         ),
+        'no keys': (
+            attend,
+            (query, key, value, group, index[..., :0]),
+            ValueError,
+            'at least one token of a group, got K = 0',
+        ),
         'dims': (
             ops.assign_queries,
             (query[0], centroids),

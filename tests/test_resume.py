@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.runner import IterBasedTrainLoop
 from test_hooks import ARCH, Images
 from torch import distributed as dist
 from torch import nn
@@ -285,6 +288,19 @@ def test_a_checkpoint_of_another_hook_and_batch_size(tmp_path, batch_size, epoch
     assert rest.iter == rest.max_iters == 4 * epochs + 8 // batch_size
 
 
+def test_a_checkpoint_of_another_hook_within_an_epoch(tmp_path):
+    """It is said that the epoch begins anew."""
+    plain = dict(type='CheckpointHook', by_epoch=False, interval=3)
+    killed = [InterruptAt(6, None)]
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path, EPOCHS, killed, checkpoint=plain).train()
+    (tmp_path / 'iter_6.pth').unlink()
+    rest = make(tmp_path, EPOCHS, resume=True, checkpoint=plain)
+    rest.train()
+    log = next(tmp_path.glob(f'{rest.timestamp}*/*.log')).read_text()
+    assert rest.iter == 3 + 8 and 'the epoch begins anew' in log
+
+
 @pytest.mark.parametrize('iteration', [4, 6])
 @pytest.mark.parametrize('batch_size', [1, 4])
 def test_gradients_are_summed_with_another_batch_size(
@@ -388,21 +404,97 @@ def test_validation_does_not_change_what_training_draws(tmp_path, whole):
     assert_same_bits(final(tmp_path), final(whole[False]))
 
 
+class InterruptValidation(Hook):
+    """Sends a signal before every batch."""
+
+    seen = 0
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        self.seen += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_signal_in_validation_leaves_what_was_saved_before(tmp_path, whole):
-    class Interrupt(Hook):
-        seen = 0
-
-        def before_val_iter(self, runner, batch_idx, data_batch=None):
-            self.seen += 1
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stop = Interrupt()
+    stop = InterruptValidation()
     with pytest.raises(Interrupted):
         make(tmp_path, hooks=[stop], **validation(tmp_path)).train()
     assert stop.seen == 1
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'interim_2.pth')
     make(tmp_path, resume=True, **validation(tmp_path)).train()
     assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+def test_a_signal_in_validation_waits_where_nothing_was_saved(tmp_path):
+    """Gradients of iteration 4 are being summed up: the step is after the sixth."""
+    settings = dict(optim=dict(type='OptimWrapper', accumulative_counts=3))
+    settings |= validation(tmp_path)
+    settings['loop'] = dict(ITERATIONS, val_interval=4)
+    make(tmp_path / 'whole', **settings).train()
+    stop = InterruptValidation()
+    with pytest.raises(Interrupted):
+        make(tmp_path, hooks=[stop], **settings).train()
+    assert stop.seen == len(Augmented())
+    last = (tmp_path / 'last_checkpoint').read_text()
+    assert last == str(tmp_path / 'iter_6.pth')
+    make(tmp_path, resume=True, **settings).train()
+    assert_same_bits(final(tmp_path), final(tmp_path / 'whole'))
+
+
+class Counted(BaseMetric):
+    """Better every time."""
+
+    times = 0
+
+    def process(self, data_batch, data_samples):
+        self.results.append(None)
+
+    def compute_metrics(self, results):
+        self.times += 1
+        return {'score': self.times}
+
+
+def test_what_is_saved_behind_a_validation_draws_as_if_there_was_none(tmp_path, whole):
+    settings = dict(validation(tmp_path), val_evaluator=Counted())
+    settings['loop'] = dict(ITERATIONS, val_interval=3)
+    settings['checkpoint'] = dict(save_best='score', rule='greater')
+    with pytest.raises(RuntimeError, match='killed'):
+        make(tmp_path, hooks=[InterruptAt(4, None)], **settings).train()
+    assert (tmp_path / 'best_score_iter_3.pth').is_file()
+    make(tmp_path, resume=True, **settings).train()
+    assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+@pytest.mark.parametrize(
+    'kind', [IterBasedTrainLoop, 'IterBasedTrainLoop', 'mmengine.IterBasedTrainLoop']
+)
+def test_a_loop_by_its_name_or_class(tmp_path, kind):
+    runner = make(tmp_path)
+    loop = runner.build_train_loop(dict(type=kind, max_iters=8))
+    assert isinstance(loop, resume.ResumableIterLoop)
+    assert runner.build_train_loop(loop) is loop
+
+
+def test_a_hook_may_switch_the_pipeline(tmp_path):
+    """As mmdet's PipelineSwitchHook does for the last epochs."""
+
+    seen = []
+
+    class Switched(Augmented):
+        pipeline = 'first'
+
+        def __getitem__(self, index):
+            seen.append(self.pipeline)
+            return super().__getitem__(index)
+
+    class Switch(Hook):
+        def before_train_epoch(self, runner):
+            if runner.epoch == 1:
+                runner.train_dataloader.dataset.pipeline = 'second'
+
+    runner = make(tmp_path, EPOCHS, hooks=[Switch()])
+    runner._train_dataloader['dataset'] = Switched()
+    runner.train()
+    assert seen == ['first'] * 8 + ['second'] * 8
 
 
 def test_samples_do_not_depend_on_workers():
@@ -438,10 +530,8 @@ def test_minutes(tmp_path):
             seen.append(sorted(file.name for file in tmp_path.glob('*.pth')))
 
     checkpoint = dict(minutes=0, interval=3, max_keep_ckpts=1)
-    make(tmp_path, dict(ITERATIONS, max_iters=5), [Look()], checkpoint=checkpoint)
-    make(
-        tmp_path, dict(ITERATIONS, max_iters=5), [Look()], checkpoint=checkpoint
-    ).train()
+    loop = dict(ITERATIONS, max_iters=5)
+    make(tmp_path, loop, [Look()], checkpoint=checkpoint).train()
     assert seen == [
         ['interim_1.pth'],
         ['interim_2.pth'],
@@ -491,6 +581,15 @@ def test_resume_passes_over_what_is_not_complete(tmp_path, whole, caplog):
     log = next(tmp_path.glob(f'{rest.timestamp}*/*.log')).read_text()
     assert f'Going on from {tmp_path}/iter_6.pth' in log
     assert_same_bits(final(tmp_path), final(whole[False]))
+
+
+def test_the_copy_of_a_work_dir_goes_on_by_itself(tmp_path):
+    """Though last_checkpoint names the original, which has trained further."""
+    original, copy = tmp_path / 'original', tmp_path / 'copy'
+    make(original, dict(ITERATIONS, max_iters=3)).train()
+    shutil.copytree(original, copy)
+    make(original, resume=True).train()
+    assert checkpoints.newest_checkpoint(copy) == copy / 'iter_3.pth'
 
 
 def test_a_difference_is_found():
@@ -594,6 +693,28 @@ class JoinedRunner(CPURunner):
 
     def setup_env(self, env_cfg):
         StrictRunner.setup_env(self, env_cfg)
+
+
+class Fewer(Augmented):
+    """Not a multiple of two."""
+
+    def __len__(self):
+        return 5
+
+
+def validate_rank(folder):
+    """A run in this process of two, of which one validates a batch more."""
+    settings = validation(folder)
+    settings['val_dataloader']['dataset'] = Fewer()
+    settings['val_dataloader']['sampler']['round_up'] = False
+    settings['val_evaluator'] = Counted()
+    runner = make(folder, runner=JoinedRunner, launcher='pytorch', **settings)
+    runner.train()
+    return len(runner.val_dataloader)
+
+
+def test_two_processes_with_an_uneven_validation(on_two_ranks, tmp_path):
+    assert sorted(on_two_ranks(validate_rank, tmp_path)) == [2, 3]
 
 
 def run_rank(folder, iteration, resumed):

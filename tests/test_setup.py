@@ -1,5 +1,6 @@
 """The build, with a compiler that fails and without what it needs."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -87,14 +88,35 @@ def test_kernels_are_left_out_on_demand(tmp_path):
     assert 'without its compiled operators: MMDGT_WITH_OPS is 0' in done.stderr
 
 
-def test_without_torch_they_are_left_out_too(tmp_path):
+@pytest.fixture
+def without_torch(tmp_path):
     packages = tmp_path / 'packages'
     packages.mkdir()
     for name in ('setuptools', '_distutils_hack'):
         folder = Path(importlib.util.find_spec(name).origin).parent
         (packages / name).symlink_to(folder)
     # -S leaves out the packages of the environment.
-    done = build(tmp_path, '-S', PYTHONPATH=str(packages))
+    return functools.partial(build, tmp_path, '-S', PYTHONPATH=str(packages))
+
+
+WITHOUT_TORCH = 'torch is not installed, or --no-build-isolation is missing'
+
+
+def test_without_torch_they_are_left_out_too(without_torch):
+    done = without_torch()
     assert done.returncode == 0, done.stderr
-    reason = 'torch is not installed, or --no-build-isolation is missing'
-    assert f'without its compiled operators: {reason}' in done.stderr
+    assert f'without its compiled operators: {WITHOUT_TORCH}' in done.stderr
+
+
+def test_without_torch_it_fails_where_kernels_were_asked_for(without_torch):
+    done = without_torch(MMDGT_WITH_OPS='1')
+    assert done.returncode == 1
+    assert f'MMDGT_WITH_OPS is 1, but {WITHOUT_TORCH}' in done.stderr
+
+
+def test_without_nvcc_it_fails_where_gpus_were_asked_for(tmp_path):
+    pytest.importorskip('mmcv')
+    settings = dict(FORCE_CUDA='1', CUDA_HOME=str(tmp_path), MMDGT_WITH_OPS='1')
+    done = build(tmp_path, **settings)
+    assert done.returncode == 1
+    assert 'MMDGT_WITH_OPS is 1, but nvcc was not found' in done.stderr

@@ -42,6 +42,16 @@ def test_the_config_of_a_resumed_training(sweep_keys, tmp_path, capfd):
     assert 'iter_1.pth' not in ''.join(capfd.readouterr())
 
 
+def test_the_config_of_a_training_with_averaged_weights(sweep_keys):
+    rows = sweep_keys(2, options=['default_hooks.ema.type=EMAHook'])['results']
+    assert [row['K'] for row in rows] == [2, 'all']
+
+
+def test_an_unknown_metric(sweep_keys):
+    with pytest.raises(ValueError, match=r"--metric must be one of \['aAcc', .*'mIoU'"):
+        sweep_keys(2, '--metric', 'mIOU')
+
+
 def test_no_network_without_k(sweep_keys):
     with pytest.raises(ValueError, match='num_keys'):
         sweep_keys(0)

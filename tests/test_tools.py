@@ -416,6 +416,14 @@ def test_results_name_the_commit_of_the_tools_alone(git, tmp_path, monkeypatch):
     assert recorded() == dict(commit=commit, clean=False)
 
 
+def test_every_planted_bug_has_its_place(tools):
+    tool = tools('plant_bugs')
+    for bug in tool.BUGS:
+        tool.check_place(bug)
+    with pytest.raises(ValueError, match='should have once'):
+        tool.check_place(tool.BUGS[0]._replace(old='what no kernel has'))
+
+
 @pytest.mark.parametrize(
     'tool, name, message',
     [

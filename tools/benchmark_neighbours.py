@@ -76,7 +76,7 @@ def main() -> None:
     """Measure all settings, one after the other, several times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_words(parser, '--models', BACKBONES, 'dgt_t,swin_t')
-    parser.add_argument('--spins', default=f'{DEFAULT},20000', help='with commas')
+    parser.add_argument('--spins', default=f'{DEFAULT},5000', help='with commas')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--steps', type=int, default=6, help='of a round')
     parser.add_argument('--out', type=output_file)

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmpretrain.models  # noqa: F401  # registers its backbones
 import torch
+from heads import fit_heads
 from measure import (
     add_out,
     find_out,
@@ -260,7 +260,7 @@ NOTES = """
   mmdet, mmsegmentation and timm implements.
 """
 TIMED = """\
-- Time, where a row has one: median of some forward passes of the whole model in
+- Time, where a row has one: median of {passes} forward passes of the whole model in
   evaluation mode, one image, float32, random weights, on {device};
   backbones of a size took turns. Mask R-CNN runs as it is counted, by mode='tensor':
   proposals get a box, the best 100 of them a mask, and nothing is pasted into the
@@ -281,23 +281,6 @@ def build(table: Table, backbone: dict) -> nn.Module:
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.eval()
     return model
-
-
-def fit_heads(cfg: Config) -> None:
-    """Tell what follows the backbone of a config how many channels come from it."""
-    init_default_scope(cfg.default_scope)
-    probe = MODELS.build(cfg.model.backbone).to('meta')
-    probe.eval()  # returns nothing in some backbones
-    with torch.no_grad():
-        features = probe(torch.empty(1, 3, 224, 224, device='meta'))
-    channels = [feature.shape[1] for feature in features]
-    model = cfg.model
-    parts = ('neck', 'panoptic_head', 'decode_head', 'head')
-    first = next(model[p] for p in parts if 'in_channels' in model.get(p, {}))
-    last_alone = isinstance(first.in_channels, int)
-    first.in_channels = channels[-1] if last_alone else channels
-    if model.get('auxiliary_head'):
-        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
 
 
 def needs_timm(backbone: dict) -> bool:
@@ -341,14 +324,14 @@ class Measurements:
         """Take measurements of this machine.
 
         Raises:
-            RuntimeError: Those in the file are of another one or other versions.
+            ValueError: Those in the file are of another one or other versions.
         """
         # What may change is in every row.
         self.state = {
             key: about.pop(key) for key in ('commit', 'clean') if key in about
         }
         if self.rows and self.about != about:
-            raise RuntimeError(
+            raise ValueError(
                 f'{self.file} was measured on {self.about}, this is {about}: move it'
                 ' away to start anew, or choose another folder by --out'
             )
@@ -411,20 +394,24 @@ def measure(
             kept.add(table.title, name, peak_bytes=peaks[name], **measured)
 
 
-def write_markdown(file: Path, results: dict[str, list[Row]], about: dict) -> None:
+def write_markdown(
+    file: Path, results: dict[str, list[Row]], kept: Measurements
+) -> None:
     """Both tables and their notes."""
     with whole_file(file) as part, part.open('w') as out:
         out.write('# Backbones, published, counted and timed\n\n')
         out.write('Written by `python tools/compare_backbones.py`. One multiply-add')
-        out.write(' counts once.\n\n![](backbones.png)\n')
+        out.write(' counts once.\n\n![FLOPs and times by backbone](backbones.png)\n')
         for title, rows in results.items():
             out.write(f'\n## {title}\n\n| {" | ".join(COLUMNS)} |\n')
             out.write(f'|{" --- |" * len(COLUMNS)}\n')
             out.writelines(f'| {" | ".join(cells(row))} |\n' for row in rows)
         out.write(f'\n## Notes\n{NOTES}')
-        if about:
+        if about := kept.about:
             device = about.get('gpu') or f'{about["cpu"]}, {about["threads"]} threads'
-            out.write(TIMED.format(device=device))
+            rounds = sorted({row['rounds'] for row in kept.rows.values()})
+            passes = ' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
+            out.write(TIMED.format(device=device, passes=passes))
 
 
 def cells(row: Row) -> Iterable[str]:
@@ -560,7 +547,7 @@ def write(folder: Path, counted: dict[str, list[Row]], kept: Measurements) -> No
         title: [kept.complete(title, row) for row in rows]
         for title, rows in counted.items()
     }
-    write_markdown(folder / 'backbones.md', results, kept.about)
+    write_markdown(folder / 'backbones.md', results, kept)
     write_csv(folder / 'backbones.csv', results)
     plot(folder / 'backbones.png', results)
 

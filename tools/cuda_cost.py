@@ -578,11 +578,11 @@ def main() -> None:
         kernels.sort(key=lambda row: (row['kernel'], row['architecture'], row['tree']))
     rows = ',\n'.join(json.dumps(row) for row in kernels)
     write_text(
-        out.with_suffix('.json'),
+        f'{out}.json',
         f'{{"about": {json.dumps(about)},\n"kernels": [\n{rows}\n]}}\n',
     )
     shown = [row for row in kernels if re.search(args.table, row['kernel'])]
-    write_text(out.with_suffix('.md'), markdown(shown, about))
+    write_text(f'{out}.md', markdown(shown, about))
 
 
 if __name__ == '__main__':

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from measure import machine
 from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 import mmdgt
@@ -20,8 +22,8 @@ from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.models import DynamicGroupAttention
 from mmdgt.openmmlab.apis import pictures
 from mmdgt.openmmlab.apis.config import load_config, make_parser
+from mmdgt.openmmlab.apis.inference import build_model
 from mmdgt.openmmlab.apis.pictures import write_picture
-from mmdgt.openmmlab.apis.runner import build_runner
 from mmdgt.openmmlab.engine import group_usage
 
 METRICS = {'metrics.json': 'single-scale', 'metrics_tta.json': 'multi-scale'}
@@ -51,10 +53,9 @@ def main() -> None:
     args.work_dir = str(args.checkpoint.parent)
     cfg = load_config(args)
     work_dir = Path(cfg.work_dir)
-    runner = build_runner(cfg)
-    runner.load_checkpoint(str(args.checkpoint))
-    model = runner.model.eval()
-    dataset = runner.build_dataloader(cfg.test_dataloader).dataset
+    init_default_scope(cfg.default_scope)
+    model = build_model(cfg, str(args.checkpoint)).to(get_device())
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
 
     @torch.no_grad()
     def predict(item: dict) -> BaseDataElement:

@@ -89,7 +89,7 @@ def add_out(
 
 def find_out(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
     """Where results go; ends the command if they would replace committed ones."""
-    found = args.committed.exists() or args.committed.with_suffix('.json').exists()
+    found = args.committed.exists() or Path(f'{args.committed}.json').exists()
     if args.out is None and found and not args.force:
         parser.error(
             f'{args.committed} has results already: replace them with --force, or name'

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmdgt.commands import run_command
 from mmdgt.files import whole_file
+from mmdgt.frameworks import FRAMEWORKS
 from mmdgt.openmmlab.apis.config import check_data, load_config, make_parser
 from mmdgt.openmmlab.apis.runner import build_runner
 
@@ -39,7 +40,11 @@ def sweep(runner: Runner, metric: str, keys: list[int], rounds: int) -> list[dic
     scores = {}
     for num_keys in keys:
         backbone.set_num_keys(num_keys)
-        scores[num_keys] = round(float(runner.test()[metric]), 2)
+        metrics = runner.test()
+        if metric not in metrics:
+            raise ValueError(f'--metric must be one of {list(metrics)}, got {metric}')
+        _, factor = FRAMEWORKS[runner.cfg.default_scope].scores.get(metric, (metric, 1))
+        scores[num_keys] = round(factor * float(metrics[metric]), 2)
         print(f'K = {name_of(num_keys)}: {metric} {scores[num_keys]}', flush=True)
     picture = first_picture(runner)
 
@@ -85,7 +90,7 @@ def plot(file: Path, metric: str, rows: list[dict], trained: int) -> None:
             textcoords='offset points',
             xytext=(5, -12),
         )
-    ax.set(xlabel='backbone, ms a picture', ylabel=metric)
+    ax.set(xlabel='backbone, ms a picture', ylabel=f'{metric}, one training')
     ax.set_xlim(0, 1.2 * max(row['ms_quartiles'][1] for row in rows))
     ax.margins(y=0.15)
     ax.grid(alpha=0.3)
@@ -109,14 +114,14 @@ def main() -> None:
     out = find_out(parser, args)
     cfg = load_config(args)
     check_data(cfg, 'test_dataloader')
+    cfg.load_from, cfg.resume = args.checkpoint, False  # by the first evaluation
     runner = build_runner(cfg)
-    runner.load_checkpoint(args.checkpoint)
     trained = cfg.model.backbone.get('num_keys')
     rows = sweep(runner, args.metric, [*sorted(args.num_keys), ALL], args.rounds)
     about = machine('cuda' if torch.cuda.is_available() else 'cpu')
-    save(out.with_suffix('.json'), dict(about, trained_with=trained), results=rows)
-    plot(out.with_suffix('.png'), args.metric, rows, trained)
-    print(out.with_suffix('.json'))
+    save(Path(f'{out}.json'), dict(about, trained_with=trained), results=rows)
+    plot(Path(f'{out}.png'), args.metric, rows, trained)
+    print(f'{out}.json')
 
 
 if __name__ == '__main__':

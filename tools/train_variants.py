@@ -11,8 +11,8 @@ its own, and keeps the better one.
 Every run is a process of its own and leaves result.json in its work dir, with machine,
 versions and commit. It is trained again only if its config or the package changed
 since, so a call that ended early goes on where it stopped, and several processes may
-share the runs, each with --seeds or --variants of its own; another call then makes the
-table.
+share the runs, each with --variants of its own, or with --seeds where there are no
+trials; another call then makes the table.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from compare_backbones import fit_heads
+from heads import fit_heads
 from measure import (
     add_out,
     find_out,
@@ -245,8 +245,8 @@ def summarise(
     )
 
 
-def write_markdown(file: Path, cfg: Config, rows: list[dict]) -> None:
-    """The table."""
+def write_markdown(out: Path, cfg: Config, rows: list[dict]) -> None:
+    """The table, beside the JSON and the plot of that name."""
     metric = cfg.comparison.title
     columns = ['variant']
     if 'reference' in cfg:
@@ -283,7 +283,7 @@ Written by `python tools/train_variants.py`: {iterations} iterations from each o
 one picture of {height}x{width} (height, width); one multiply-add counts once. Times are
 those of the training alone, the median over the seeds, and include what else the
 machine did, the CPU seconds less of it; memory is what the largest run added to its
-process. `{file.stem}.json` has every run with its machine, versions and commit.
+process. `{out.name}.json` has every run with its machine, versions and commit.
 """
     if rows[0]['trials']:
         tried = ', '.join(f'{x["learning_rate"]:g}' for x in rows[0]['trials'])
@@ -291,8 +291,8 @@ process. `{file.stem}.json` has every run with its machine, versions and commit.
 Every variant has the learning rate, of {tried}, that scored better in
 {rows[0]['trials'][0]['iterations']} iterations from another seed.
 """
-    text = '\n'.join((notes, f'![]({file.stem}.png)\n', *lines)) + '\n'
-    write_text(file, text)
+    picture = f'![{cfg.comparison.title} of every seed]({out.name}.png)\n'
+    write_text(f'{out}.md', '\n'.join((notes, picture, *lines)) + '\n')
 
 
 def plot(file: Path, title: str, rows: list[dict]) -> None:
@@ -359,10 +359,11 @@ def main() -> None:
         for name in names
     ]
     about = machine('cuda' if torch.cuda.is_available() else 'cpu')
-    save(out.with_suffix('.json'), about, results=rows)
-    write_markdown(out.with_suffix('.md'), cfg, rows)
-    plot(out.with_suffix('.png'), cfg.comparison.title, rows)
-    print(out.with_suffix('.md'))
+    # Not with_suffix: a config may be called v1.5.py.
+    save(Path(f'{out}.json'), about, results=rows)
+    write_markdown(out, cfg, rows)
+    plot(Path(f'{out}.png'), cfg.comparison.title, rows)
+    print(f'{out}.md')
 
 
 if __name__ == '__main__':

@@ -119,7 +119,7 @@ class DynamicGroupAttention(Attention):
         self.register_buffer('group_sums', sums, persistent=False)
         self.register_buffer('group_counts', counts, persistent=False)
         self.moved = False  # whether update_centroids has ever seen this layer
-        self._first_version: int | None = None
+        self._first_changes: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., C) -> (B, ..., C), the tokens in one dimension or two."""
@@ -198,15 +198,20 @@ class DynamicGroupAttention(Attention):
         if self.training and not mode:
             # The only place to look where the forward pass is compiled.
             self._warn_if_unmoved()
-        elif mode and self._first_version is None:
-            self._first_version = self.qkv.weight._version
+        elif mode and self._first_changes is None:
+            self._first_changes = self._changes()
         return super().train(mode)
 
+    def _changes(self) -> int:
+        """How often the weights changed in place; of inference nothing counts it."""
+        weight = self.qkv.weight
+        return 0 if weight.is_inference() else weight._version
+
     def _warn_if_unmoved(self) -> None:
-        version = self.qkv.weight._version  # counts the changes in place
-        if self._first_version is None:
-            self._first_version = version
-        changed = version - self._first_version >= UNMOVED_CHANGES
+        changes = self._changes()
+        if self._first_changes is None:
+            self._first_changes = changes
+        changed = changes - self._first_changes >= UNMOVED_CHANGES
         if changed and not self.moved and self.group_counts.any():
             _warn_unmoved()
 

@@ -1,6 +1,6 @@
 """What the arguments of the network must be: errors that say what came."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,9 +22,14 @@ def check_integers(least: int, **values: Any) -> None:
 
 
 def check_sequence(least: int, **values: Any) -> None:
-    """Raise unless all are sequences, such as lists and tuples, of such integers."""
+    """Raise unless all are sequences, such as lists and tuples, of such integers.
+
+    Raises:
+        TypeError: If one is no sequence, or an entry no integer.
+        ValueError: If an entry is too small.
+    """
     for name, value in values.items():
-        if not isinstance(value, Iterable) or isinstance(value, str):
+        if not isinstance(value, Sequence) or isinstance(value, str):
             raise TypeError(
                 f'{name} must be a sequence of integers, got {value!r}'
                 f' ({type(value).__name__}); for one value write ({value!r},)'

@@ -115,10 +115,12 @@ class DGT(nn.Module):
         check_sequence(0, out_indices=out_indices)
         check_rate(drop_path_rate=drop_path_rate)
         self.out_indices = sorted(out_indices)
-        if not out_indices or not set(out_indices) <= set(range(num_stages)):
+        distinct = set(out_indices)
+        once = 0 < len(distinct) == len(out_indices)
+        if not once or not distinct <= set(range(num_stages)):
             raise ValueError(
-                f'out_indices must name stages from 0 to {num_stages - 1}, got'
-                f' {tuple(out_indices)}'
+                f'out_indices must name stages from 0 to {num_stages - 1}, each once,'
+                f' got {tuple(out_indices)}'
             )
         if frozen_stages > num_stages:
             raise ValueError(

@@ -142,7 +142,10 @@ def newest_checkpoint(folder: str | Path, trust: bool = False) -> Path | None:
     """
     folders, last = {Path(folder)}, Path(folder, 'last_checkpoint')
     if last.is_file():
-        folders.add(Path(last.read_text().strip()).parent)
+        named = Path(last.read_text().strip())
+        # In the copy of a work dir it names the original, which trains on elsewhere.
+        if not Path(folder, named.name).is_file():
+            folders.add(named.parent)
     files = {file.resolve() for place in folders for file in place.glob('*.pth')}
     files = {file for file in files if not file.name.startswith(PART)}
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):

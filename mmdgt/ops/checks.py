@@ -71,6 +71,8 @@ def check_choice(group: Tensor, index: Tensor, tokens: Tensor) -> None:
         )
     _check_integers('group', group, tokens, tokens.shape[:3])
     _check_integers('index', index, tokens, (*tokens.shape[:2], *index.shape[2:]))
+    if index.shape[3] == 0 < tokens.shape[2]:
+        raise ValueError('index must name at least one token of a group, got K = 0')
 
 
 def check_range(group: Tensor, index: Tensor, tokens: Tensor) -> None:

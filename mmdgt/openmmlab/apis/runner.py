@@ -105,14 +105,18 @@ class StrictRunner(Runner):
                 if isinstance(hook, AtomicCheckpointHook):
                     hook.stop_listening()
 
-    def build_train_loop(self, loop: dict) -> BaseLoop:
+    def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the loop so that it can go on anywhere, and look at its pictures."""
+        if isinstance(loop, BaseLoop):  # built before
+            return loop
         loop = dict(loop)
-        if 'by_epoch' in loop:
+        if 'type' not in loop:
             by_epoch = loop.pop('by_epoch')
             loop['type'] = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
-        if loop['type'] in RESUMABLE:
-            loop['type'] = RESUMABLE[loop['type']]
+        # A class, its name, or that with a scope before it.
+        kind = getattr(loop['type'], '__name__', loop['type']).rpartition('.')[2]
+        if kind in RESUMABLE:
+            loop['type'] = RESUMABLE[kind]
             self._train_dataloader = resumable(self._train_dataloader)
         built = super().build_train_loop(loop)
         if is_main_process():
@@ -125,8 +129,6 @@ class StrictRunner(Runner):
         With ``resume='auto'``, and with ``resume=True`` without ``load_from``, from the
         newest in the work dir; if there is none, ``load_from`` is loaded.
         """
-        if self._has_loaded:  # by hand, as the tools that only evaluate do
-            return
         if self._resume == 'auto' or (self._resume and self._load_from is None):
             trust = self.cfg.get('trust', False)
             found: list[Path | None] = [None]

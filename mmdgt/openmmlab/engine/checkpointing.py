@@ -44,7 +44,7 @@ class AtomicCheckpointHook(CheckpointHook):
     run goes on from with the same bits, and no weight that is not finite.
 
     On SIGTERM or SIGINT it saves at the end of the iteration and ends the process with
-    status 0; in validation, it saved just before.
+    status 0; in validation at once, if it saved just before.
 
     Args:
         minutes (float, optional): Save after this many, too. Of such checkpoints, and
@@ -63,6 +63,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.due = False
         self.received: tuple[int, float] | None = None  # the signal, and when
         self.handlers: dict[int, Any] = {}  # of others, while it listens
+        self.before_validation: dict | None = None  # what was random, in training
 
     def before_train(self, runner: Runner) -> None:
         """Go on from the stored state, if there is one, and listen for signals."""
@@ -123,21 +124,29 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_val(self, runner: Runner) -> None:
         """Save if training did not just do so, for validation may take long."""
-        self.before_validation = None
-        if hasattr(self, 'group'):  # in training
-            if runner.optim_wrapper.should_update():
-                self._save_interim(runner, runner.iter)
-            self.before_validation = random_state()
+        if not hasattr(self, 'group'):  # not in training
+            return
+        if runner.optim_wrapper.should_update():
+            self._save_interim(runner, runner.iter)
+        self.before_validation = random_state()
+        # Of what all processes have: one of them may have a batch less.
+        steps = len(runner.val_dataloader)
+        self.steps_together = min(all_gather_object(steps))
 
-    def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Leave on a signal."""
-        if self.before_validation and self._agree(self.received is not None)[0]:
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Leave on a signal, unless that would lose what was trained."""
+        saved = self.before_validation and self.saved_iter == runner.iter
+        together = saved and batch_idx < self.steps_together
+        if together and self._agree(self.received is not None)[0]:
             self._leave(runner)
 
     def after_val(self, runner: Runner) -> None:
         """Let training draw as if there had been no validation."""
         if self.before_validation:
             set_random_state(self.before_validation)
+            self.before_validation = None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Save under the name of the step, then remove what need not be kept."""
@@ -182,7 +191,7 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         state = dict(
             sampler_seed=getattr(_sampler(runner), 'seed', None),
-            random=all_gather_object(random_state()),
+            random=all_gather_object(self.before_validation or random_state()),
         )
         if isinstance(runner.train_loop, ResumableEpochLoop):
             state['epoch'] = runner.train_loop.place()

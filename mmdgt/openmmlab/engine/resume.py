@@ -101,6 +101,12 @@ class SeededDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'dataset':
+            super().__setattr__(name, value)
+        else:  # such as a pipeline, which hooks switch for the last epochs
+            setattr(self.dataset, name, value)
+
 
 class PlacedBatches(Sampler):
     """Batches of :class:`Draw`, from any of them on.
@@ -230,6 +236,11 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     def run_epoch(self) -> None:
         """Run what is left of an epoch."""
         if self.began is None:  # There is no checkpoint, or it is of another hook.
+            if self._iter != self._epoch * len(self.dataloader):
+                self.runner.logger.warning(
+                    'The checkpoint does not say where in its epoch it is, for another'
+                    ' hook than AtomicCheckpointHook wrote it: the epoch begins anew'
+                )
             self._begin_epoch_at(self._iter)
         done = self._iter - self.began
         self.runner.call_hook('before_train_epoch')
