@@ -170,7 +170,7 @@ def compiler(session: nox.Session) -> dict[str, str]:
     folder = Path(session.create_tmp()).resolve()
     with session.chdir(folder):
         session.run('sh', '-c', command, external=True)
-    return {'CXX': str(folder / 'c++20')}
+    return {'CXX': str(folder / 'c++20'), 'NVCC_APPEND_FLAGS': '-std=c++20'}
 
 
 def revision(session: nox.Session) -> str:

@@ -19,7 +19,6 @@ and the centroids stay as they are. Needs torch alone::
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .commands import run_command
 from .files import whole_file
 from .models import DGT
 from .weights import NAMED, not_finite, read_plain_data, weights_of
@@ -250,9 +250,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
 
 def main() -> None:
     """Read a Swin V2, write a backbone and print what it took."""
-    parser = argparse.ArgumentParser(
-        prog='python -m mmdgt.transplant', description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', help='checkpoint of a Swin Transformer V2')
     parser.add_argument('out', type=Path, help='checkpoint to write')
     parser.add_argument(
@@ -268,18 +266,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model = DGT(args.arch, num_groups=args.num_groups, out_norm=False)
-    try:
-        report = transplant(model, read_weights(args.source), args.strict)
-        state = {f'backbone.{key}': x for key, x in model.state_dict().items()}
-        meta = dict(source=args.source, seed=args.seed, **report._asdict())
-        with whole_file(args.out) as part:
-            torch.save(dict(state_dict=state, meta=dict(transplant=meta)), part)
-    except (OSError, ImportError, ValueError) as error:
-        sys.exit(f'{parser.prog}: {error}')
+    report = transplant(model, read_weights(args.source), args.strict)
+    state = {f'backbone.{key}': x for key, x in model.state_dict().items()}
+    meta = dict(source=args.source, seed=args.seed, **report._asdict())
+    with whole_file(args.out) as part:
+        torch.save(dict(state_dict=state, meta=dict(transplant=meta)), part)
     sizes = {name: x.numel() for name, x in model.named_parameters()}
     share = sum(sizes[name] for name in report.taken) / sum(sizes.values())
     print(f'{report}\n{share:.1%} of the parameters are taken; written to {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -31,9 +31,8 @@ from page_limits import MAX_BYTES, Limits, sweep_forever
 from PIL import Image
 
 from mmdgt.commands import run_command
-from mmdgt.configs import find_config
 from mmdgt.frameworks import FRAMEWORKS
-from mmdgt.openmmlab.apis.config import add_allow_partial
+from mmdgt.openmmlab.apis.config import add_allow_partial, add_config
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.openmmlab.apis.pictures import group_panels
 from mmdgt.visualization import find_groups
@@ -174,9 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'config', type=find_config, help='file, or name of a config of mmdgt'
-    )
+    add_config(parser)
     parser.add_argument('checkpoint')
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all'

@@ -12,9 +12,8 @@ from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
 from mmdgt.commands import run_command
-from mmdgt.configs import find_config
 from mmdgt.files import whole_file
-from mmdgt.openmmlab.apis.config import add_allow_partial
+from mmdgt.openmmlab.apis.config import add_allow_partial, add_config
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.openmmlab.apis.pictures import write_picture
 
@@ -73,9 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'config', type=find_config, help='file, or name of a config of mmdgt'
-    )
+    add_config(parser)
     parser.add_argument('checkpoint')
     parser.add_argument('input', type=Path, help='picture, folder of pictures or video')
     parser.add_argument('--out', type=Path, required=True, help='folder for results')

@@ -13,9 +13,8 @@ import mmcv
 from mmengine.config import Config
 
 from mmdgt.commands import run_command
-from mmdgt.configs import find_config
 from mmdgt.files import write_json
-from mmdgt.openmmlab.apis.config import add_allow_partial
+from mmdgt.openmmlab.apis.config import add_allow_partial, add_config
 from mmdgt.openmmlab.apis.inference import Predictor, read_image
 from mmdgt.openmmlab.apis.pictures import group_panels, write_picture
 from mmdgt.visualization import find_groups, group_at, group_statistics
@@ -32,9 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'config', type=find_config, help='file, or name of a config of mmdgt'
-    )
+    add_config(parser)
     parser.add_argument('checkpoint', help='file, or "random" for random weights')
     parser.add_argument('image')
     parser.add_argument('--out', type=Path, default=Path('groups.png'), help='picture')

@@ -20,9 +20,7 @@ LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that all tools share, named as OpenMMLab names them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        'config', type=find_config, help='file, or name of a config of mmdgt'
-    )
+    add_config(parser)
     parser.add_argument(
         '--work-dir', help='folder for logs and results; work_dirs/CONFIG by default'
     )
@@ -46,6 +44,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     # torch.distributed.launch passes it; torchrun sets the variable instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A config, of one's own or of the package."""
+    parser.add_argument(
+        'config', type=find_config, help='file, or name of a config of mmdgt'
+    )
 
 
 def add_allow_partial(parser: argparse.ArgumentParser) -> None:
