@@ -1,5 +1,6 @@
 """What the site takes besides pages: the README, and docstrings as Markdown."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,34 @@ ROLE = re.compile(r':(?:class|func|meth|mod):`([\w.]+)`')
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Make the README the first page."""
-    text = Path(config.config_file_path).with_name('README.md').read_text()
-    files.append(
-        File.generated(config, 'index.md', content=text.replace('(docs/', '('))
-    )
+    """Make the README the first page, and the notebook one."""
+    readme = Path(config.config_file_path).with_name('README.md').read_text()
+    notebook = Path(config.docs_dir, 'tutorial.ipynb').read_text()
+    pages = {
+        'index.md': readme.replace('(docs/', '(').replace('.ipynb)', '.md)'),
+        'tutorial.md': as_markdown(json.loads(notebook)),
+    }
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
     return files
+
+
+def as_markdown(notebook: dict) -> str:
+    """The cells of a notebook, with the text and the pictures that they print."""
+    parts = []
+    for cell in notebook['cells']:
+        source = ''.join(cell['source'])
+        parts.append(
+            f'```python\n{source}\n```' if cell['cell_type'] == 'code' else source
+        )
+        for output in cell.get('outputs', ()):
+            data = output.get('data', {'text/plain': output.get('text', '')})
+            if 'image/png' in data:
+                picture = ''.join(data['image/png']).strip()
+                parts.append(f'![](data:image/png;base64,{picture})')
+            else:
+                parts.append(f'```text\n{"".join(data["text/plain"]).rstrip()}\n```')
+    return '\n\n'.join(parts) + '\n'
 
 
 class SphinxRoles(griffe.Extension):

@@ -57,7 +57,8 @@ def test_operators_on_the_gpu():
         for run in load(BENCHMARKS / 'h200.json')['stages']
         for row in run['results']
     ]
-    rows = table('| | B, H, L, K | forward | backward |')
+    page = (REPOSITORY / 'docs/cuda.md').read_text()
+    rows = table('| | B, H, L, K | forward | backward |', page)
     assert len(rows) == 6
     for _, shape, forward, backward, dense in rows:
         sizes = dict(zip('BHLK', map(int, shape.split(', ')), strict=True))
@@ -68,6 +69,19 @@ def test_operators_on_the_gpu():
         assert rounded(forward, us['forward']), shape
         assert rounded(backward, us['backward']), shape
         assert rounded(dense, fastest), shape
+    page = ' '.join(page.split())
+    few, more = (
+        min(
+            time
+            for row in stages
+            if row['L'] == tokens and row['draw'] == 'random'
+            for name, time in row['us'].items()
+            if re.fullmatch('dense .* backward', name)
+        )
+        for tokens in (196, 1024)
+    )
+    assert f'equal backward ({few:.0f} µs)' in page
+    assert f'both ways ({more:.0f} µs backward)' in page
 
 
 def test_operators_on_the_cpu():
@@ -309,7 +323,7 @@ def test_the_demo():
 
 def test_the_page_of_the_demo():
     page = (REPOSITORY / 'docs/demo.md').read_text()
-    rows = table('| | single scale | several scales |', page)
+    rows = table('| | single-scale | several scales |', page)
     assert len(rows) == 6
     for what, single, several, file in rows:
         scores, metric = load(MEASUREMENTS / file.strip('`')), what.split(', ')[1]

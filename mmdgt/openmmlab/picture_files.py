@@ -50,7 +50,7 @@ def check_pictures(dataset: Any, seconds: float = SECONDS) -> int:
 
 
 def check_picture(file: str | Path, decode: bool = False) -> None:
-    """Raise where OpenCV would fill up memory, or fill a torn picture with grey.
+    """Raise where OpenCV would fill up memory, or fill a truncated picture with grey.
 
     Args:
         file (str | Path): A picture.
