@@ -309,8 +309,8 @@ def test_the_demo():
     scores = load(MEASUREMENTS / 'demo.json')
     single, several = (scores[f'mIoU, {how}-scale'] for how in ('single', 'multi'))
     claim(
-        f'mIoU of {single} on the 60 validation scenes, {several} at several scales,'
-        f' with {scores["live groups of the worst block, %"]} %'
+        f'mIoU of {single} on the 60 validation scenes, {several} multi-scale,'
+        f' and in the worst block {scores["live groups of the worst block, %"]} % of'
     )
     scores = load(MEASUREMENTS / 'demo_classification.json')
     claim(f'({scores["top-1, single-scale"]} % top-1, six classes,')
@@ -318,12 +318,12 @@ def test_the_demo():
     box, mask = (scores[f'{kind} AP50, single-scale'] for kind in ('box', 'mask'))
     claim(f'box AP50 {box}, mask AP50 {mask}')
     box, mask = (scores[f'{kind} AP50, multi-scale'] for kind in ('box', 'mask'))
-    claim(f'at several scales {box} and {mask}')
+    claim(f'multi-scale {box} and {mask}')
 
 
 def test_the_page_of_the_demo():
     page = (REPOSITORY / 'docs/demo.md').read_text()
-    rows = table('| | single-scale | several scales |', page)
+    rows = table('| | single-scale | multi-scale |', page)
     assert len(rows) == 6
     for what, single, several, file in rows:
         scores, metric = load(MEASUREMENTS / file.strip('`')), what.split(', ')[1]

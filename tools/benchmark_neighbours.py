@@ -4,8 +4,10 @@
 
 The load is one process that computes without end: none, one at the lowest priority, one
 at the same. A setting is a value of GOMP_SPINCOUNT, how long a thread that waits for
-others tries before it sleeps. Every row has the median time of a step, how long the
-threads computed (or span), how long they waited for a core, and how often they slept.
+others tries before it sleeps, "bound", where every thread stays on a core of its own
+(OMP_PROC_BIND), both with a + between them, or "default". Every row has the median time
+of a step, how long the threads computed (or span), how long they waited for a core, and
+how often they slept.
 """
 
 import argparse
@@ -21,9 +23,26 @@ from pathlib import Path
 from benchmark_model import BACKBONES, Case, prepare
 from measure import add_words, machine, output_file, print_columns, save
 
-BUSY = 'while True: pass'
+# On any core, though a bound process starts it on its own.
+BUSY = """
+import os
+os.sched_setaffinity(0, range(os.cpu_count()))
+while True: pass
+"""
+VARIABLES = ('GOMP_SPINCOUNT', 'OMP_PROC_BIND')
 LOADS = {'none': None, 'niced': ['nice', '-n', '19'], 'equal': []}
-DEFAULT = 'default'
+DEFAULT, BOUND = 'default', 'bound'
+
+
+def environment(setting: str) -> dict[str, str]:
+    """The variables of a process with a setting."""
+    rest = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    for part in setting.split('+'):
+        if part == BOUND:
+            rest['OMP_PROC_BIND'] = 'true'
+        elif part != DEFAULT:
+            rest['GOMP_SPINCOUNT'] = str(int(part))
+    return rest
 
 
 def usage() -> dict[str, float]:
@@ -76,7 +95,7 @@ def main() -> None:
     """Measure all settings, one after the other, several times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_words(parser, '--models', BACKBONES, 'dgt_t,swin_t')
-    parser.add_argument('--spins', default=f'{DEFAULT},5000', help='with commas')
+    parser.add_argument('--settings', default=f'{DEFAULT},5000,{BOUND}')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--steps', type=int, default=6, help='of a round')
     parser.add_argument('--out', type=output_file)
@@ -85,27 +104,25 @@ def main() -> None:
     if args.serve:
         return serve(args.serve, args.steps)
     rows = []
-    spins = args.spins.split(',')
-    for _, spin, model in itertools.product(range(args.rounds), spins, args.models):
-        environment = dict(os.environ)
-        environment.pop('GOMP_SPINCOUNT', None)
-        if spin != DEFAULT:
-            environment['GOMP_SPINCOUNT'] = spin
+    settings = args.settings.split(',')
+    runs = itertools.product(range(args.rounds), settings, args.models)
+    for _, setting, model in runs:
         serving = ['--serve', model, '--steps', str(args.steps)]
         done = subprocess.run(
             [sys.executable, __file__, *serving],
-            env=environment,
+            env=environment(setting),
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
         lines = done.stdout.splitlines()
-        rows += [{'GOMP_SPINCOUNT': spin, **json.loads(x)} for x in lines]
+        rows += [{'setting': setting, **json.loads(x)} for x in lines]
     rows.sort(key=lambda row: (row['model'], list(LOADS).index(row['load'])))
     print_columns([list(rows[0]), *([str(x) for x in row.values()] for row in rows)])
     if args.out:
         about = machine('cpu')
-        about.pop('GOMP_SPINCOUNT', None)
+        for name in VARIABLES:
+            about.pop(name, None)
         save(args.out, about | {'cores': os.cpu_count()}, rows=rows)
 
 

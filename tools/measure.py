@@ -29,6 +29,7 @@ PACKAGES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'timm')
 SETTINGS = (
     'OMP_NUM_THREADS',
     'GOMP_SPINCOUNT',
+    'OMP_PROC_BIND',
     'THP_MEM_ALLOC_ENABLE',
     # Limits of the instruction sets, as of another machine.
     'ATEN_CPU_CAPABILITY',
