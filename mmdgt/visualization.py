@@ -252,8 +252,9 @@ def _highlight(
     image: np.ndarray, groups: Groups, tokens: np.ndarray, group: int
 ) -> np.ndarray:
     inside = _to_pixels(tokens[..., None], groups, image)
-    coloured = _blend(image, group_colours(len(groups.keys))[group])
-    return np.where(inside, coloured, (SHADE * image).astype(np.uint8))
+    # Opaque: over the picture one colour looks like several.
+    colour = group_colours(len(groups.keys))[group]
+    return np.where(inside, colour, (SHADE * image).astype(np.uint8))
 
 
 def _blend(image: np.ndarray, colours: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ NEED_OPENMMLAB = [
         'openmmlab',
         'precision',
         'pretrained',
+        'recipes',
         'resume',
         'sweep_keys',
         'tools',

@@ -208,13 +208,30 @@ def test_what_users_rely_on(name):
     assert 'tta_model' in cfg
 
 
-def check_flops(name, model, size, published, params):
+def check_flops(name, model, size, published):
     """Against the published figure, and the index against both."""
+    params = sum(p.numel() for p in model.parameters())
     flops = sum(count_flops(model.to('meta').eval(), *size).values())
     assert flops / 1e9 == pytest.approx(published, rel=0.015)
     metadata = INDEX[name]['Metadata']
-    assert metadata['FLOPs'] == pytest.approx(flops, rel=2e-4)
-    assert metadata['Parameters'] == params * 1e6
+    assert metadata['FLOPs'] == pytest.approx(flops, abs=5e5)
+    assert metadata['Parameters'] == pytest.approx(params, abs=5e3)
+
+
+def test_index_and_readme_follow_from_the_configs_by_a_command(tools):
+    tool = tools('index_models')
+    index, readme = ((CONFIGS / 'metafile.yml').read_text(), README.read_text())
+    models = list(INDEX.values())
+    assert tool.with_models(index, models) == index
+    assert tool.with_sizes(readme, models) == readme
+    for name in ('retinanet_dgt_t_1x_coco', 'mask2former_dgt_t_ade20k'):
+        cfg = Config.fromfile(CONFIGS / f'{name}.py')
+        assert tool.entry(name, cfg) == INDEX[name]
+    assert 'FLOPs' not in INDEX[name]['Metadata']
+    more = [*models, dict(INDEX[name], Name='of another size')]
+    assert yaml.safe_load(tool.with_models(index, more))['Models'] == more
+    with pytest.raises(ValueError, match='expected a row of sizes "UperNet DGT-B"'):
+        tool.with_sizes(readme.replace('UperNet DGT-B', 'another'), models)
 
 
 @pytest.mark.parametrize('variant', UPERNET)
@@ -222,7 +239,7 @@ def test_upernet_of_table_3(variant):
     _, model = build(f'upernet_dgt_{variant}_ade20k')
     params, flops = UPERNET[variant]
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == params
-    check_flops(f'upernet_dgt_{variant}_ade20k', model, (512, 2048), flops, params)
+    check_flops(f'upernet_dgt_{variant}_ade20k', model, (512, 2048), flops)
 
 
 @pytest.mark.parametrize('variant', MASK_RCNN)
@@ -232,7 +249,7 @@ def test_mask_rcnn_of_table_4(variant):
     ours = sum(p.numel() for p in model.parameters()) / 1e6
     assert round(ours) == params
     name = f'mask_rcnn_dgt_{variant}_1x_coco'
-    check_flops(name, model, (800, 1280), flops, round(ours, 1))
+    check_flops(name, model, (800, 1280), flops)
 
 
 @pytest.mark.parametrize('variant', CLASSIFIERS)
@@ -242,7 +259,7 @@ def test_classifier_of_table_1(variant):
     counted = sum(p.numel() for p in model.parameters()) / 1e6
     assert round(counted, 2) == params
     name = f'dgt_{variant}_in1k'
-    check_flops(name, model, (224, 224), published, params)
+    check_flops(name, model, (224, 224), published)
 
 
 # Published parameters (M) of the same model with Swin-T: by Mask2Former for itself; by
@@ -269,7 +286,7 @@ def test_with_swin_the_size_is_the_published_one(name, tools):
     assert round(params, isinstance(WITH_SWIN[name], float)) == WITH_SWIN[name]
     _, ours = build(name)
     params = sum(p.numel() for p in ours.parameters())
-    assert INDEX[name]['Metadata']['Parameters'] == round(params / 1e5) * 1e5
+    assert INDEX[name]['Metadata']['Parameters'] == round(params, -4)
 
 
 # One picture of 512 x 2048 or 800 x 1280. Those of tables 3 and 4 are checked there.
@@ -288,7 +305,7 @@ def test_the_index_has_the_flops(name):
     cfg, model = build(name)
     size = (512, 2048) if cfg.default_scope == 'mmseg' else (800, 1280)
     flops = sum(count_flops(model.to('meta').eval(), *size).values())
-    assert INDEX[name]['Metadata']['FLOPs'] == pytest.approx(flops, rel=2e-4)
+    assert INDEX[name]['Metadata']['FLOPs'] == pytest.approx(flops, abs=5e5)
 
 
 def test_a_cascade_counts_all_its_heads():
@@ -321,7 +338,7 @@ def test_sizes_of_the_same_models_elsewhere(name, same):
         theirs.data_preprocessor.size = ours.data_preprocessor.size
     assert leaves(ours) == leaves(theirs)
     expected = INDEX[same]['Metadata']['Parameters'] - fewer
-    assert INDEX[name]['Metadata']['Parameters'] == pytest.approx(expected, abs=1e5)
+    assert INDEX[name]['Metadata']['Parameters'] == pytest.approx(expected, abs=1e4)
 
 
 def peer(path):
@@ -386,6 +403,23 @@ def test_head_and_recipe_are_those_of_the_peers(name):
     ours, theirs = Config.fromfile(CONFIGS / f'{name}.py'), peer(path)
     for part in parts.split():
         assert part_of(ours, part).items() <= part_of(theirs, part).items(), part
+
+
+def test_the_backbone_of_the_readme_in_a_config_of_mmsegmentation(tmp_path):
+    (block,) = re.findall(
+        r'^```python\n(custom_imports.+?)^```', README.read_text(), re.M | re.S
+    )
+    stock = peer('mmseg/upernet/upernet_r50_4xb4-160k_ade20k-512x512.py').filename
+    (tmp_path / 'mine.py').write_text(f'_base_ = {str(stock)!r}\n{block}')
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    cfg.model.data_preprocessor.size = (64, 64)
+    init_default_scope(cfg.default_scope)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    assert type(model.backbone).__name__ == 'DGT'
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+    inputs = segmentation_batch(cfg.model.decode_head.num_classes)
+    data = model.data_preprocessor(inputs, training=True)
+    assert np.isfinite(sum(x.item() for x in model(**data, mode='loss').values()))
 
 
 def pipelines(settings):

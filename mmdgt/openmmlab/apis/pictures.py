@@ -28,7 +28,8 @@ SCALE = 3  # of a scene in its picture
 MIN_WIDTH = 320  # of a panel with groups; smaller pictures are enlarged
 MARKER = (255, 255, 255)
 LARGEST = 3  # groups that are drawn if none is picked
-TITLES = ('image', 'truth', 'prediction')
+TITLES = ('image', 'ground truth', 'prediction')
+SURE = 0.5  # score of a box that is drawn, at least
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:
@@ -80,7 +81,7 @@ def paint(labels: Tensor, palette: list) -> np.ndarray:
 
 
 def segmentation_panels(dataset: BaseDataset, predict: Predict) -> np.ndarray:
-    """Image, truth and prediction of the first scenes."""
+    """Image, ground truth and prediction of the first scenes."""
     palette = dataset.metainfo['palette']
     rows = []
     for index in range(min(ROWS, len(dataset))):
@@ -110,7 +111,7 @@ def detection_panels(dataset: BaseDataset, predict: Predict) -> np.ndarray:
         )
         sample = predict(item)
         panels = [image]
-        for drawn in (dict(draw_pred=False), dict(draw_gt=False)):
+        for drawn in (dict(draw_pred=False), dict(draw_gt=False, pred_score_thr=SURE)):
             visualizer.add_datasample('', image[..., ::-1], sample, **drawn)
             panels.append(visualizer.get_image()[..., ::-1])
         rows.append(np.hstack([frame(panel) for panel in panels]))
