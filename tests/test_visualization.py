@@ -130,7 +130,7 @@ def test_the_colours_are_those_of_the_groups():
         np.testing.assert_allclose(drawn[y, x], blend, atol=0.51)
         token = y // 4 * TOKENS[1] + x // 4
         for panel, inside in ((queries, j == 2), (keys, token in groups.keys[2])):
-            tinted = 0.45 * image[y, x] + 0.55 * colours[2]
+            tinted = colours[2]
             expected = tinted if inside else 0.25 * image[y, x]
             np.testing.assert_allclose(panel[y, x], expected, atol=1)
 
