@@ -1,9 +1,11 @@
 """The backbone as OpenMMLab builds it."""
 
+import re
 import sys
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from mmengine.analysis import FlopAnalyzer
 from mmengine.registry import MODELS, DefaultScope
 from test_dgt import PUBLISHED, TINY, classifier
@@ -56,6 +58,12 @@ def test_flops_of_table_1_by_the_counter_of_mmengine(arch):
     analyzer = FlopAnalyzer(classifier(arch), torch.randn(1, 3, 224, 224))
     analyzer.unsupported_ops_warnings(False)
     assert analyzer.total() / 1e9 == pytest.approx(PUBLISHED[arch][1], rel=0.015)
+    page = (REPOSITORY / 'docs/cmt.md').read_text()
+    (printed,) = re.findall(r'^\| pooling first \| (.+) \|$', page, re.MULTILINE)
+    assert (
+        printed.split(' | ')[[*PUBLISHED].index(arch)]
+        == f'{analyzer.total() / 1e9:.3f}'
+    )
 
 
 def test_the_same_network_as_without_openmmlab():

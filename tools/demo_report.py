@@ -5,6 +5,7 @@ its metrics beside the checkpoint, with or without ``--tta``.
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def live_groups(
     return min(group_usage(count)[0] for count in counts)
 
 
+def minutes_of_training(work_dir: Path) -> float | None:
+    """What the iterations took, by the logs of all runs; None where they have none."""
+    rows = [
+        json.loads(line)
+        for log in work_dir.glob('*/vis_data/scalars.json')
+        for line in log.read_text().splitlines()
+    ]
+    seconds = {row['step']: row['time'] for row in rows if 'loss' in row}
+    if not seconds:
+        return None
+    return round(max(seconds) * statistics.mean(seconds.values()) / 60, 1)
+
+
 def main() -> None:
     """Predict the validation pictures, draw the first of them, print the summary."""
     parser = make_parser(__doc__)
@@ -72,6 +86,7 @@ def main() -> None:
                 report[f'{score}, {how}'] = round(factor * metrics[key], 2)
     live = 100 * live_groups(model, dataset, predict)
     report['live groups of the worst block, %'] = round(live, 1)
+    report['training, minutes'] = minutes_of_training(work_dir)
     report |= {'checkpoint': str(args.checkpoint), 'picture': str(picture)}
     saved = {**report, 'mmdgt': mmdgt.__version__, 'machine': machine('cpu')}
     write_json(work_dir / 'report.json', saved)

@@ -149,7 +149,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        'DG-Attention runs in plain PyTorch here, which takes 8 to 50 times as long'
+        'DG-Attention runs in plain PyTorch here, which takes 5 to 41 times as long'
         f' as its kernels (docs/benchmarks), because {reason}',
         stacklevel=2,
     )
