@@ -416,6 +416,20 @@ def test_results_name_the_commit_of_the_tools_alone(git, tmp_path, monkeypatch):
     assert recorded() == dict(commit=commit, clean=False)
 
 
+def test_the_rate_of_a_loader(demo_data, run_tool, tmp_path):
+    config = REPOSITORY / 'configs/upernet_dgt_t_demo.py'
+    options = ('--samples', 3, '--rounds', 2, '--out', tmp_path / 'rate.json')
+    data = ('--cfg-options', f'data_root={demo_data}/ade20k')
+    said = run_tool('benchmark_loader.py', config, *options, *data).stdout
+    (row,) = json.loads((tmp_path / 'rate.json').read_text())['results']
+    shares = row['share_percent']
+    assert list(shares)[:2] == ['LoadImageFromFile', 'LoadAnnotations']
+    assert sum(shares.values()) == pytest.approx(100, abs=len(shares) / 2)
+    low, high = row['pictures_per_s_quartiles']
+    assert 0 < low <= row['pictures_per_s'] <= high and row['rounds'] == 2
+    assert f'{row["pictures_per_s"]} pictures a second and core' in said
+
+
 def test_every_planted_bug_has_its_place(tools):
     tool = tools('plant_bugs')
     for bug in tool.BUGS:
