@@ -717,6 +717,16 @@ def test_two_processes_with_an_uneven_validation(on_two_ranks, tmp_path):
     assert sorted(on_two_ranks(validate_rank, tmp_path)) == [2, 3]
 
 
+def samples_of_rank(folder):
+    """Of an iteration of all processes, as this one counts them."""
+    runner = make(folder, EPOCHS, runner=JoinedRunner, launcher='pytorch')
+    return runner.build_train_loop(dict(EPOCHS)).place()['samples']
+
+
+def test_the_place_counts_the_samples_of_all_processes(on_two_ranks, tmp_path):
+    assert on_two_ranks(samples_of_rank, tmp_path) == [4, 4]
+
+
 def run_rank(folder, iteration, resumed):
     """A run in this process of two; the signal reaches one of them alone."""
     stop = [InterruptAt(iteration, signal.SIGTERM)] if dist.get_rank() else []
