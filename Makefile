@@ -21,10 +21,6 @@ DATA := data/demo
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 SOURCES := setup.py $(KERNELS)
 
-# Threads that wait long give their core away: spinning, two threads on two cores
-# stall whenever another process takes one of them.
-export GOMP_SPINCOUNT := 5000
-
 # Large tensors in large pages: new memory comes page by page.
 export THP_MEM_ALLOC_ENABLE := 1
 
@@ -49,6 +45,9 @@ train-detection: report-mask_rcnn_dgt_t_demo
 # --resume goes on where an interrupted run stopped.
 define demo
 .PHONY: report-$(1)
+# Every thread on a core of its own: beside other work they wait for each other less
+# (docs/training.md).
+report-$(1): export OMP_PROC_BIND := true
 report-$(1): work_dirs/$(1)/metrics.json work_dirs/$(1)/metrics_tta.json
 	@$(RUN) -W ignore tools/demo_report.py configs/$(1).py work_dirs/$(1)/$(2)
 

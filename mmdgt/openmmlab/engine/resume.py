@@ -178,6 +178,9 @@ def steady(loader: DataLoader) -> DataLoader:
 
 
 def _start_worker(then: Any, leaving: Any, worker: int) -> None:
+    if os.environ.get('OMP_PROC_BIND', 'false').lower() != 'false':
+        # Not the one core to which OpenMP has bound the main thread.
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     if then is not None:
