@@ -242,6 +242,8 @@ def read_weights(file: str) -> dict[str, Tensor]:
         OSError: If there is no such file.
         ValueError: If it can't be read safely, or a weight is not finite.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'expected a checkpoint, but there is no file {file}')
     weights = weights_of(file, read_plain_data(file))
     if bad := not_finite(weights):
         raise ValueError(f'{file}: {bad[0]} holds a NaN or an infinity')

@@ -454,7 +454,7 @@ class Counted(BaseMetric):
 
 
 def test_what_is_saved_behind_a_validation_draws_as_if_there_was_none(tmp_path, whole):
-    settings = dict(validation(tmp_path), val_evaluator=Counted())
+    settings = dict(validation(tmp_path), val_evaluator=dict(type=Counted))
     settings['loop'] = dict(ITERATIONS, val_interval=3)
     settings['checkpoint'] = dict(save_best='score', rule='greater')
     with pytest.raises(RuntimeError, match='killed'):
@@ -707,7 +707,7 @@ def validate_rank(folder):
     settings = validation(folder)
     settings['val_dataloader']['dataset'] = Fewer()
     settings['val_dataloader']['sampler']['round_up'] = False
-    settings['val_evaluator'] = Counted()
+    settings['val_evaluator'] = dict(type=Counted)
     runner = make(folder, runner=JoinedRunner, launcher='pytorch', **settings)
     runner.train()
     return len(runner.val_dataloader)
