@@ -433,6 +433,38 @@ def test_the_ablations():
     ) in page
 
 
+# Configs of the paper's recipes: their data set for the loader, the pictures they see.
+RECIPES = {
+    'dgt_t_in1k': ('in1k', 300 * 1_281_167),
+    'upernet_dgt_t_ade20k': ('ade20k', 160_000 * 16),
+    'mask_rcnn_dgt_t_1x_coco': ('coco', 12 * 117_266),
+}
+
+
+def test_scaling():
+    yaml = pytest.importorskip('yaml')
+    index = yaml.safe_load((REPOSITORY / 'configs/metafile.yml').read_text())['Models']
+    params = {model['Name']: model['Metadata']['Parameters'] for model in index}
+    page = (REPOSITORY / 'docs/scaling.md').read_text()
+    rows = table('| recipe, DGT-T | pictures, M |', page)
+    within, between = [], []
+    for (config, (data, seen)), cells in zip(RECIPES.items(), rows, strict=True):
+        (loaded,) = load(BENCHMARKS / f'loader_{data}.json')['results']
+        gradients = 4 * params[config]
+        measured = loaded['pictures_per_s']
+        values = (seen / 1e6, seen / 1000 / 3600, gradients / 1e6, measured)
+        for cell, value in zip(cells[1:], values, strict=True):
+            assert rounded(cell, value), (config, cell)
+        sent = 2 * 7 / 8 * gradients
+        within.append(f'{1e3 * sent / 450e9:.2f}')
+        between.append(f'{1e3 * sent / 12.5e9:.1f}')
+        if data == 'in1k':
+            assert f'pictures a second {1000 / measured:.0f} cores' in page
+    page = ' '.join(page.split())
+    for times in (within, between):
+        assert '{}, {} and {} ms'.format(*times) in page
+
+
 @pytest.mark.parametrize('machine', MACHINES)
 def test_neighbours(machine):
     results = load(BENCHMARKS / f'{MACHINES[machine]}neighbours.json')['rows']
