@@ -109,6 +109,7 @@ print(json.dumps({
 
 def run(session: nox.Session, cell: Cell) -> None:
     """Set up an environment, test in it and write down how it went."""
+    commit = revision(session)
     session.install(*cell.torch, *BUILD_TOOLS, 'pytest', 'pytest-xdist')
     if cell.mmcv:
         operators = bool(cell.frameworks)
@@ -132,7 +133,7 @@ def run(session: nox.Session, cell: Cell) -> None:
     said = session.run('python', '-I', '-W', 'ignore', '-c', PROBE, silent=True)
     about = json.loads(said.splitlines()[-1])
     row = about | outcome(report) | {'tests': ' '.join(session.posargs) or 'all'}
-    row['commit'] = revision(session)
+    row['commit'] = commit
     rows = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     rows[session.name] = row
     TABLE.write_text(json.dumps(rows, indent=1) + '\n')

@@ -47,6 +47,7 @@ def main() -> None:
     cv2.setNumThreads(0)  # as in the workers
     torch.set_num_threads(1)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset = getattr(dataset, 'datasets', [dataset])[0]  # of several the first
     parts: dict[str, float] = {}
     steps = dataset.pipeline.transforms
     dataset.pipeline.transforms = [watched(step, parts) for step in steps]

@@ -50,7 +50,7 @@ def minutes_of_training(work_dir: Path) -> float | None:
     """What the iterations took, by the logs of all runs; None where they have none."""
     rows = [
         json.loads(line)
-        for log in work_dir.glob('*/vis_data/scalars.json')
+        for log in sorted(work_dir.glob('*/vis_data/scalars.json'))  # by their start
         for line in log.read_text().splitlines()
     ]
     seconds = {row['step']: row['time'] for row in rows if 'loss' in row}
@@ -68,7 +68,8 @@ def main() -> None:
     cfg = load_config(args)
     work_dir = Path(cfg.work_dir)
     init_default_scope(cfg.default_scope)
-    model = build_model(cfg, str(args.checkpoint)).to(get_device())
+    partial = cfg.get('allow_partial', False)
+    model = build_model(cfg, str(args.checkpoint), partial).to(get_device())
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
 
     @torch.no_grad()

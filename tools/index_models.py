@@ -51,11 +51,12 @@ def count(cfg: Config) -> dict[str, int]:
     """
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to('meta').eval()
-    counts = {'Parameters': round(sum(p.numel() for p in model.parameters()), -4)}
+    params = sum(p.numel() for p in model.parameters())
+    counts = {'Parameters': round(params, -4)}
     heads = (cfg.model, cfg.model.get('decode_head', {}))
     if not any(part.type.startswith('Mask2Former') for part in heads if part):
         flops = count_flops(model, *SIZES[cfg.default_scope])
-        counts['FLOPs'] = round(sum(flops.values()), -6)
+        counts['FLOPs'] = round(int(sum(flops.values())), -6)
     return counts
 
 

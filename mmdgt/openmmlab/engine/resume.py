@@ -5,13 +5,13 @@ that loads it or on what was loaded before, so that loading can start anywhere. 
 random in the main process goes on from its stored state.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state['cuda'])
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Draw from generators with seeds of their own, for a while, on the CPU."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -180,7 +180,8 @@ def steady(loader: DataLoader) -> DataLoader:
 def _start_worker(then: Any, leaving: Any, worker: int) -> None:
     if os.environ.get('OMP_PROC_BIND', 'false').lower() != 'false':
         # Not the one core to which OpenMP has bound the main thread.
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        with contextlib.suppress(AttributeError, OSError):  # where there is no such
+            os.sched_setaffinity(0, range(os.sysconf('SC_NPROCESSORS_CONF')))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     if then is not None:
@@ -242,7 +243,8 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             if self._iter != self._epoch * len(self.dataloader):
                 self.runner.logger.warning(
                     'The checkpoint does not say where in its epoch it is, for another'
-                    ' hook than AtomicCheckpointHook wrote it: the epoch begins anew'
+                    ' hook than AtomicCheckpointHook wrote it: if it was within an'
+                    ' epoch, that begins anew'
                 )
             self._begin_epoch_at(self._iter)
         done = self._iter - self.began
