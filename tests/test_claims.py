@@ -372,9 +372,7 @@ def test_timed_backbones():
 def test_the_demo():
     scores = load(MEASUREMENTS / 'demo.json')
     single, several = (scores[f'mIoU, {how}-scale'] for how in ('single', 'multi'))
-    claim(
-        f'the training took {scores["training, minutes"]} minutes on two cores of an AMD'
-    )
+    claim(f'the training took {scores["training, minutes"]} minutes on two cores of an')
     claim(
         f'mIoU of {single} on the 60 validation scenes, {several} multi-scale,'
         f' and in the worst block {scores["live groups of the worst block, %"]} % of'
