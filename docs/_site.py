@@ -39,7 +39,8 @@ def as_markdown(notebook: dict) -> str:
                 parts.append(f'![](data:image/png;base64,{picture})')
             else:
                 parts.append(f'```text\n{"".join(data["text/plain"]).rstrip()}\n```')
-    return '\n\n'.join(parts) + '\n'
+    text = '\n\n'.join(parts) + '\n'
+    return text.replace('](../README.md)', '](index.md)')
 
 
 class SphinxRoles(griffe.Extension):
