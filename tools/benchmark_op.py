@@ -346,16 +346,19 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
+    draws = {row['draw'] for row in rows}
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row['pass'] == 'forward' and 'us' in row:
             rival = LABELS.get(row['rival'], row['rival'])
-            label = f'{rival}, {row["dtype"]}, {row["draw"]}'
+            label = f'{rival}, {row["dtype"]}'
+            if len(draws) > 1:
+                label += f', {row["draw"]}'
             lines.setdefault(label, []).append((row['L'], row['us']))
     figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
     for label, points in lines.items():
         axes.loglog(*zip(*sorted(points), strict=True), marker='o', label=label)
-    axes.set(xlabel='tokens L of two images', ylabel='forward pass, µs')
+    axes.set(xlabel='tokens L of an image, two images', ylabel='forward pass, µs')
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(path) as part:
