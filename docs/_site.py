@@ -34,9 +34,9 @@ def as_markdown(notebook: dict) -> str:
         )
         for output in cell.get('outputs', ()):
             data = output.get('data', {'text/plain': output.get('text', '')})
-            if 'image/png' in data:
-                picture = ''.join(data['image/png']).strip()
-                parts.append(f'![](data:image/png;base64,{picture})')
+            if pictures := [kind for kind in data if kind.startswith('image/')]:
+                content = ''.join(data[pictures[0]]).replace('\n', '')
+                parts.append(f'![](data:{pictures[0]};base64,{content})')
             else:
                 parts.append(f'```text\n{"".join(data["text/plain"]).rstrip()}\n```')
     text = '\n\n'.join(parts) + '\n'
