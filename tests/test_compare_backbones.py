@@ -106,7 +106,7 @@ def test_time(tmp_path, call_tool, tools, monkeypatch):
         assert float(shown['peak memory (MiB)']) == pytest.approx(mebibytes, abs=0.5)
 
     kept = compare_backbones.Measurements(tmp_path / 'backbones.json')
-    with pytest.raises(RuntimeError, match=r'was measured on .* this is .*another'):
+    with pytest.raises(ValueError, match=r'was measured on .* this is .*another'):
         kept.go_on({'cpu': 'another'})
 
 
