@@ -519,6 +519,31 @@ def test_samples_do_not_depend_on_workers():
     assert not torch.equal(batches[0][0][0], batches[0][0][1])
 
 
+class Cores(Images):
+    """On how many the process that loads may run."""
+
+    def __getitem__(self, index):
+        return len(os.sched_getaffinity(0))
+
+
+def test_workers_leave_the_core_of_a_bound_main_thread(monkeypatch):
+    everywhere = os.sched_getaffinity(0)
+    loader = dict(
+        batch_size=8,
+        num_workers=1,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=Cores(),
+        collate_fn=dict(type='default_collate'),
+    )
+    monkeypatch.setenv('OMP_PROC_BIND', 'true')
+    os.sched_setaffinity(0, {min(everywhere)})
+    try:
+        (cores,) = StrictRunner.build_dataloader(loader)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    assert min(cores) >= len(everywhere)
+
+
 def test_minutes(tmp_path):
     """With no minute between them every iteration saves, and one is kept."""
     seen = []
