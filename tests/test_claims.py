@@ -280,7 +280,11 @@ def test_the_page_of_the_network(machine):
         instructions = '_avx2' * (name == 'AVX2')
         assert file == f'`model_cpu{ON_THE_PAGE[case][0]}{instructions}.json`'
         found = measured(case, MACHINES[machine] + file.strip('`'))
-        cells[0] = cells[0].partition(', deployed')[0]
+        cells[0], _, deployed = cells[0].partition(', deployed ')
+        if deployed:
+            results = load(BENCHMARKS / MACHINES[machine] / file.strip('`'))['results']
+            wanted = ON_THE_PAGE[case][1] | {'mode': 'deploy'}
+            assert rounded(deployed, only(results, model='dgt_t', **wanted)['ms'])
         for cell, row in zip(cells, found, strict=True):
             check_cell(cell, found[0], row)
     assert cases == ON_THE_PAGE.keys()
@@ -481,6 +485,26 @@ def test_neighbours(machine):
             ]
             for printed, step in zip(cell.split(', '), steps, strict=True):
                 assert rounded(printed, step), (setting, load_of)
+
+
+def test_bound_threads():
+    page = ' '.join((REPOSITORY / 'docs/training.md').read_text().split())
+    ratios = []
+    for file in ('neighbours', 'neighbours_bound'):
+        results = load(BENCHMARKS / f'{file}.json')['rows']
+        alone, niced, equal = (
+            [
+                row['step_s']
+                for row in results
+                if (row['setting'], row['model'], row['load']) == ('bound', 'dgt_t', x)
+            ]
+            for x in ('none', 'niced', 'equal')
+        )
+        ratios += [e / a for a, e in zip(alone, equal, strict=True)]
+        assert max(n / a for a, n in zip(alone, niced, strict=True)) < 1.05
+    first, second, third, fourth = (f'{ratio:.1f}' for ratio in ratios)
+    assert f'{first} and {second} times here, {third} and {fourth} in two more' in page
+    assert sum(ratio > 2.2 for ratio in ratios) == 1
 
 
 def test_distillation():

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
-from test_hooks import ARCH, Images
+from test_hooks import ARCH, LOADER, Images
 from torch import distributed as dist
 from torch import nn
 
@@ -528,13 +528,7 @@ class Cores(Images):
 
 def test_workers_leave_the_core_of_a_bound_main_thread(monkeypatch):
     everywhere = os.sched_getaffinity(0)
-    loader = dict(
-        batch_size=8,
-        num_workers=1,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        dataset=Cores(),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = dict(LOADER, batch_size=8, num_workers=1, dataset=Cores())
     monkeypatch.setenv('OMP_PROC_BIND', 'true')
     os.sched_setaffinity(0, {min(everywhere)})
     try:

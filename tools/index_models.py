@@ -12,8 +12,7 @@ from pathlib import Path
 
 import yaml
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from train_variants import on_meta
 
 from mmdgt.commands import run_command
 from mmdgt.files import write_text
@@ -49,8 +48,7 @@ def count(cfg: Config) -> dict[str, int]:
 
     Mask2Former has no FLOPs: its deformable attention needs values, not shapes alone.
     """
-    init_default_scope(cfg.default_scope)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).to('meta').eval()
+    model = on_meta(cfg)
     params = sum(p.numel() for p in model.parameters())
     counts = {'Parameters': round(params, -4)}
     heads = (cfg.model, cfg.model.get('decode_head', {}))

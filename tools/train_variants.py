@@ -40,6 +40,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from torch import nn
 
 import mmdgt
 from mmdgt.commands import run_command
@@ -195,10 +196,15 @@ def best_rates(args: argparse.Namespace, names: list[str]) -> dict[str, list[dic
     return trials
 
 
+def on_meta(cfg: Config) -> nn.Module:
+    """The model of a config without values, of which sizes are counted."""
+    init_default_scope(cfg.default_scope)
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).to('meta').eval()
+
+
 def sizes(cfg: Config, size: tuple[int, int]) -> dict:
     """Parameters (M) and FLOPs (G) of a model at (height, width)."""
-    init_default_scope(cfg.default_scope)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).to('meta').eval()
+    model = on_meta(cfg)
     flops = sum(count_flops(model, *size).values())
     params = sum(p.numel() for p in model.parameters())
     return dict(params=round(params / 1e6, 2), flops=round(flops / 1e9, 3))
